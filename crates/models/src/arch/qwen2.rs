@@ -1,0 +1,23 @@
+//! Qwen2 and Qwen2.5, dense: biases on query, key and value, always; none elsewhere.
+
+use super::{Architecture, Dense, LLAMA_NAMES, dense, refuse_qwen_windows};
+
+pub(super) const QWEN2: Architecture = Architecture {
+    name: "Qwen2ForCausalLM",
+    spec: |config| {
+        refuse_qwen_windows(config)?;
+        dense(
+            config,
+            Dense {
+                architecture: "Qwen2ForCausalLM",
+                head_dim: None,
+                kv_heads: Some(32),
+                qkv_bias: true,
+                output_bias: false,
+                feed_forward_bias: false,
+                head_norm: false,
+            },
+        )
+    },
+    names: &LLAMA_NAMES,
+};

@@ -1,0 +1,24 @@
+//! Qwen3, dense: norms on query and key heads, biases only where the config asks.
+
+use super::{Architecture, Dense, LLAMA_NAMES, dense, refuse_qwen_windows};
+
+pub(super) const QWEN3: Architecture = Architecture {
+    name: "Qwen3ForCausalLM",
+    spec: |config| {
+        refuse_qwen_windows(config)?;
+        let bias = config.flag_or("attention_bias", false)?;
+        dense(
+            config,
+            Dense {
+                architecture: "Qwen3ForCausalLM",
+                head_dim: Some(128),
+                kv_heads: Some(32),
+                qkv_bias: bias,
+                output_bias: bias,
+                feed_forward_bias: false,
+                head_norm: true,
+            },
+        )
+    },
+    names: &LLAMA_NAMES,
+};
