@@ -1,0 +1,78 @@
+//! What collected steps mean.
+
+use tandem_kv_cache::KvCache;
+use tandem_types::Time;
+
+use crate::batcher::{Batcher, Event, Flight, FlightRow};
+use crate::{Outcome, RowOutcome, SequenceId};
+
+impl Batcher {
+    /// Takes in the outcome of the oldest plan in flight.
+    ///
+    /// # Panics
+    /// If it is another plan's, or has not one row per row.
+    pub fn apply(&mut self, kv: &mut KvCache, outcome: Outcome, now: Time) {
+        let flight = self.land(outcome.id, kv, now);
+        assert_eq!(flight.rows.len(), outcome.rows.len(), "an outcome has a row per row of its plan");
+        for (row, result) in flight.rows.iter().zip(outcome.rows) {
+            assert_eq!(row.slot, result.slot, "outcome rows are in the plan's order");
+            self.apply_row(row, result, kv, now);
+        }
+    }
+
+    /// The oldest plan failed as a whole: so did its sequences.
+    pub fn fail(&mut self, kv: &mut KvCache, plan: u64, now: Time) {
+        let flight = self.land(plan, kv, now);
+        for row in &flight.rows {
+            self.leave(row.id, row.slot, Event::Failed { id: row.id }, kv, now);
+        }
+    }
+
+    /// The plan is no longer in flight: pages that only it kept go back.
+    fn land(&mut self, plan: u64, kv: &mut KvCache, now: Time) -> Flight {
+        let flight = self.in_flight.pop_front().expect("an outcome follows a plan");
+        assert_eq!(flight.id, plan, "plans are collected in order");
+        let (done, kept) = std::mem::take(&mut self.graveyard).into_iter().partition(|(last, _)| *last <= plan);
+        self.graveyard = kept;
+        let done: Vec<_> = done;
+        for (_, table) in done {
+            kv.close(table, now);
+        }
+        flight
+    }
+
+    fn apply_row(&mut self, row: &FlightRow, result: RowOutcome, kv: &mut KvCache, now: Time) {
+        let id = row.id;
+        // A sequence that has left meanwhile, or came back under the same id with another slot.
+        let Some(sequence) = self.sequences.get_mut(&id).filter(|s| s.slot == Some(row.slot)) else { return };
+        sequence.computed = sequence.computed.max(row.end);
+        let table = sequence.table.as_mut().expect("sequences in flight have pages");
+        kv.publish(table, sequence.chain.hashes(), sequence.computed);
+        self.events.push(Event::Computed { id, tokens: sequence.computed });
+        if !row.sample {
+            return;
+        }
+        sequence.draws_in_flight -= 1;
+        let Some(sampled) = result.sampled else {
+            return self.leave(id, row.slot, Event::Failed { id }, kv, now);
+        };
+        let token = sampled.token;
+        let position = sequence.known() - sequence.spec.prompt_tokens;
+        sequence.spec.tokens.push(token);
+        sequence.chain.extend(&[token]);
+        let finish = sequence.finish(token, self.config.context_tokens);
+        let usage = sequence.usage();
+        self.events.push(Event::Token { id, position, sampled });
+        if let Some(reason) = finish {
+            self.leave(id, row.slot, Event::Finished { id, reason, usage }, kv, now);
+        }
+    }
+
+    fn leave(&mut self, id: SequenceId, slot: u32, event: Event, kv: &mut KvCache, now: Time) {
+        if self.sequences.get(&id).is_some_and(|s| s.slot == Some(slot)) {
+            let sequence = self.sequences.remove(&id).expect("looked up above");
+            self.bury(sequence, kv, now);
+            self.events.push(event);
+        }
+    }
+}

@@ -1,0 +1,250 @@
+//! The batcher: sequences in, plans out, outcomes in, events out.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use tandem_kv_cache::{KvCache, Table};
+use tandem_types::{FinishReason, Sampled, Time, Usage};
+
+use crate::sequence::Sequence;
+use crate::{Origin, SequenceId, SequenceSpec};
+
+/// Limits of a step.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Tokens of a step at most.
+    pub token_budget: u32,
+    /// Sequences of a step, and sequences with pages, at most.
+    pub rows_max: u32,
+    /// Plans that may be submitted before the oldest is collected, less one.
+    pub depth: u32,
+    /// Longest sequence.
+    pub context_tokens: u32,
+}
+
+impl Default for Config {
+    /// 512 tokens, 64 rows, depth 0, no limit on context.
+    fn default() -> Self {
+        Config { token_budget: 512, rows_max: 64, depth: 0, context_tokens: u32::MAX }
+    }
+}
+
+/// What happened to a sequence. `Finished`, `Preempted`, `Rejected` and `Failed` are its last.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Event {
+    /// It has pages.
+    Admitted {
+        /// Whose.
+        id: SequenceId,
+        /// Tokens that the prefix cache held.
+        cached_tokens: u32,
+    },
+    /// The KV of its first `tokens` tokens is in its pages.
+    Computed {
+        /// Whose.
+        id: SequenceId,
+        /// Confirmed tokens.
+        tokens: u32,
+    },
+    /// A token was drawn.
+    Token {
+        /// Whose.
+        id: SequenceId,
+        /// Its index in the request's output.
+        position: u32,
+        /// The token.
+        sampled: Sampled,
+    },
+    /// It has ended.
+    Finished {
+        /// Which.
+        id: SequenceId,
+        /// Why; `None` when it was to go to its first token only, and that is not the last.
+        reason: Option<FinishReason>,
+        /// What it cost.
+        usage: Usage,
+    },
+    /// It was taken out to make room; to be added again with all its tokens.
+    Preempted {
+        /// Which.
+        id: SequenceId,
+    },
+    /// It could never fit.
+    Rejected {
+        /// Which.
+        id: SequenceId,
+    },
+    /// Its step failed.
+    Failed {
+        /// Which.
+        id: SequenceId,
+    },
+}
+
+/// A submitted plan, until it is collected.
+#[derive(Debug)]
+pub(crate) struct Flight {
+    pub(crate) id: u64,
+    pub(crate) rows: Vec<FlightRow>,
+}
+
+#[derive(Debug)]
+pub(crate) struct FlightRow {
+    pub(crate) id: SequenceId,
+    pub(crate) slot: u32,
+    pub(crate) end: u32,
+    pub(crate) sample: bool,
+}
+
+/// Decides what each step computes.
+#[derive(Debug)]
+pub struct Batcher {
+    pub(crate) config: Config,
+    pub(crate) sequences: BTreeMap<SequenceId, Sequence>,
+    pub(crate) in_flight: VecDeque<Flight>,
+    pub(crate) next_plan: u64,
+    pub(crate) slots: Slots,
+    /// Pages of sequences that left while a plan named them: given back when it is collected.
+    pub(crate) graveyard: Vec<(u64, Table)>,
+    pub(crate) events: Vec<Event>,
+}
+
+/// Slot numbers, small and reused.
+#[derive(Debug, Default)]
+pub(crate) struct Slots {
+    free: BTreeSet<u32>,
+    next: u32,
+    /// To be closed in the first plan after the one named.
+    pub(crate) closing: Vec<(u32, Option<u64>)>,
+}
+
+impl Slots {
+    pub(crate) fn take(&mut self) -> u32 {
+        self.free.pop_first().unwrap_or_else(|| {
+            self.next += 1;
+            self.next - 1
+        })
+    }
+
+    /// Slots that no plan in flight names; they are free for the plan after this one.
+    pub(crate) fn take_closable(&mut self, oldest_in_flight: Option<u64>) -> Vec<u32> {
+        let closable =
+            |last: &Option<u64>| last.is_none_or(|last| oldest_in_flight.is_none_or(|oldest| last < oldest));
+        let (now, later): (Vec<_>, Vec<_>) = self.closing.drain(..).partition(|(_, last)| closable(last));
+        self.closing = later;
+        now.into_iter().map(|(slot, _)| slot).collect()
+    }
+
+    pub(crate) fn give_back(&mut self, slots: &[u32]) {
+        self.free.extend(slots);
+    }
+}
+
+impl Batcher {
+    /// With nothing to do.
+    pub fn new(config: Config) -> Batcher {
+        assert!(config.token_budget > 0 && config.rows_max > 0, "a step computes something");
+        Batcher {
+            config,
+            sequences: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            next_plan: 1,
+            slots: Slots::default(),
+            graveyard: Vec::new(),
+            events: Vec::new(),
+        }
+    }
+
+    /// Takes a sequence in.
+    ///
+    /// # Panics
+    /// If its id is in use, it has no tokens, or nothing is left to compute.
+    pub fn add(&mut self, spec: SequenceSpec, origin: Origin) {
+        let mut sequence = Sequence::new(spec);
+        assert!(sequence.known() > 0, "a sequence has tokens");
+        if let Origin::Computed { table, computed } = origin {
+            assert!(computed < sequence.known(), "a token without KV is known");
+            assert!(table.room() >= computed, "computed tokens are in the table");
+            sequence.table = Some(table);
+            sequence.computed = computed;
+            sequence.submitted = computed;
+        }
+        let before = self.sequences.insert(sequence.spec.id, sequence);
+        assert!(before.is_none(), "a sequence id is used once");
+    }
+
+    /// Takes a sequence out, without an event. True if it was there.
+    pub fn cancel(&mut self, id: SequenceId, kv: &mut KvCache, now: Time) -> bool {
+        match self.sequences.remove(&id) {
+            Some(sequence) => {
+                self.bury(sequence, kv, now);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// Gives back everything a removed sequence held, as soon as no plan in flight names it.
+    pub(crate) fn bury(&mut self, mut sequence: Sequence, kv: &mut KvCache, now: Time) {
+        if let Some(slot) = sequence.slot {
+            self.slots.closing.push((slot, sequence.last_plan));
+        }
+        let Some(table) = sequence.table.take() else { return };
+        let named = sequence.last_plan.filter(|last| self.in_flight.iter().any(|flight| flight.id == *last));
+        match named {
+            Some(plan) => self.graveyard.push((plan, table)),
+            None => kv.close(table, now),
+        }
+    }
+
+    /// No rows for it until `resume`; it is also the first to be preempted.
+    pub fn pause(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.paused = true;
+        }
+    }
+
+    /// Rows again.
+    pub fn resume(&mut self, id: SequenceId) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.paused = false;
+        }
+    }
+
+    /// A granted sequence is not preempted.
+    pub fn set_leased(&mut self, id: SequenceId, leased: bool) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.leased = leased;
+        }
+    }
+
+    /// The pages of a sequence, once it is admitted.
+    pub fn table(&self, id: SequenceId) -> Option<&Table> {
+        self.sequences.get(&id).and_then(|sequence| sequence.table.as_ref())
+    }
+
+    /// What happened since the last call, in order.
+    pub fn take_events(&mut self) -> Vec<Event> {
+        std::mem::take(&mut self.events)
+    }
+
+    /// Sequences with pages.
+    pub fn running(&self) -> usize {
+        self.sequences.values().filter(|s| s.table.is_some()).count()
+    }
+
+    /// Sequences without.
+    pub fn waiting(&self) -> usize {
+        self.sequences.len() - self.running()
+    }
+
+    /// Known tokens of waiting sequences, and those of running ones that are not submitted yet, the last one
+    /// of each (its decode) not counted.
+    pub fn waiting_tokens(&self) -> u64 {
+        self.sequences.values().map(|s| u64::from(s.gap().saturating_sub(1))).sum()
+    }
+
+    /// When to plan again although nothing happened; nothing here is due by itself.
+    pub fn next_deadline(&self) -> Option<Time> {
+        None
+    }
+}

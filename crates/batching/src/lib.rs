@@ -1,0 +1,21 @@
+//! What the next engine step computes: continuous batching, chunked prefill and preemption as one rule.
+//!
+//! Never knows: token values beyond carrying them, bytes, devices, sessions, clocks. Every sequence has tokens
+//! known, tokens computed (confirmed) and tokens submitted (an upper bound); a step closes part of the gap
+//! within a budget. Prefix hits, chunks, decode, resumed, handed-over and preempted sequences are that same
+//! case.
+//!
+//! Always holds: a plan keeps to its budgets and names only pages of its sequences' tables; pages named by a
+//! submitted plan are given back only after it was collected; the oldest sequence is never preempted; every
+//! sequence that was added leaves with exactly one of `Finished`, `Preempted`, `Rejected`, `Failed`, or by
+//! `cancel`.
+
+mod admit;
+mod apply;
+mod batcher;
+mod plan;
+mod sequence;
+
+pub use batcher::{Batcher, Config, Event};
+pub use plan::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
+pub use sequence::{Origin, SequenceId, SequenceSpec};

@@ -1,0 +1,80 @@
+//! Bookkeeping of paged KV memory: which sequence, cache entry, lease, read or step refers to which page.
+//!
+//! Never knows: bytes, addresses, the network, clocks (time is an argument), threads.
+//!
+//! Always holds: a page is free exactly when nothing refers to it; every use of a page raises its generation;
+//! a page that was ready is never written again while a lease or a read refers to it; the newest attempt on a
+//! lease gets through and older ones can end nothing; `total = free + cached + in_use`.
+
+mod hash;
+mod lease;
+mod pool;
+mod puller;
+mod table;
+
+pub use hash::{ChainSeed, HashChain, chain_seed};
+pub use lease::{
+    AdoptError, Adopted, Effect, EndedWhy, FirstTokenBundle, FollowError, GrantError, ReadError, Verdict,
+};
+pub use pool::{Counts, HoldId};
+pub use puller::{GiveUp, PullAction, PullEvent, Puller};
+pub use table::{Full, Table};
+
+use std::time::Duration;
+
+use lease::Leases;
+use pool::Pool;
+
+/// Sizes and rules of a worker's KV memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Pages of each group.
+    pub pages: u32,
+    /// KV groups; a block has one page in each.
+    pub groups: u32,
+    /// Share of the pool that may be under leases, above 0 and at most 1. One lease always fits.
+    pub leased_share: f32,
+    /// A lease that nobody renews ends after this.
+    pub lease_time_to_live: Duration,
+    /// Whether computed blocks stay for others to reuse.
+    pub prefix_cache: bool,
+}
+
+/// Pool, prefix cache and leases of one worker: the one owner of its bookkeeping.
+#[derive(Debug)]
+pub struct KvCache {
+    config: Config,
+    pool: Pool,
+    leases: Leases,
+}
+
+impl KvCache {
+    /// An empty cache.
+    ///
+    /// # Panics
+    /// If there are no pages or no groups.
+    pub fn new(config: Config) -> KvCache {
+        assert!(config.pages > 0 && config.groups > 0, "a pool has pages and groups");
+        let pool = Pool::new(config.groups, config.pages);
+        KvCache { config, pool, leases: Leases::default() }
+    }
+
+    /// Sizes and rules.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// How many blocks are free, only cached, and in use.
+    pub fn counts(&self) -> Counts {
+        self.pool.counts()
+    }
+
+    /// Compares all counters with what refers to what, from scratch.
+    ///
+    /// # Panics
+    /// With a sentence, if anything does not add up.
+    pub fn check_books(&self) {
+        self.pool.check_books();
+        self.leases.check_books(&self.pool);
+    }
+}
