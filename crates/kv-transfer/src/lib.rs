@@ -164,11 +164,11 @@ pub enum Error {
 /// An exported region. Dropping it ends the export.
 pub struct Exported {
     export: Export,
-    _serving: Permit,
+    _serving: Box<dyn Any + Send + Sync>,
 }
 
 impl Exported {
-    pub(crate) fn new(transport: &str, blob: Vec<u8>, serving: Permit) -> Exported {
+    pub(crate) fn new(transport: &str, blob: Vec<u8>, serving: Box<dyn Any + Send + Sync>) -> Exported {
         Exported { export: Export { transport: transport.to_owned(), blob }, _serving: serving }
     }
 

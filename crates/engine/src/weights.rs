@@ -1,0 +1,187 @@
+//! From a checkpoint's tensors to packed weights on a device: the one place where checkpoint names and shapes
+//! meet the decoder's operations.
+
+use tandem_device::{Buffer, Device, Element, Linear, Matrix};
+use tandem_models::{AttentionSpec, Checkpoint, FeedForwardSpec, Head, LayerPart, Part};
+
+use crate::LoadError;
+
+/// A decoder's weights on a device, with the numbers that go with them.
+pub(crate) struct Weights {
+    pub(crate) embedding: Linear,
+    pub(crate) layers: Vec<Layer>,
+    pub(crate) final_norm: Norm,
+    pub(crate) head: Linear,
+}
+
+pub(crate) struct Layer {
+    pub(crate) attention_norm: Norm,
+    pub(crate) attention: Attention,
+    pub(crate) feed_forward_norm: Norm,
+    pub(crate) feed_forward: FeedForward,
+}
+
+/// Full attention.
+pub(crate) struct Attention {
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) width: usize,
+    pub(crate) scale: f32,
+    pub(crate) qkv: Projection,
+    pub(crate) head_norms: Option<(Norm, Norm)>,
+    pub(crate) output: Projection,
+}
+
+/// A gated feed-forward.
+pub(crate) struct FeedForward {
+    pub(crate) width: usize,
+    pub(crate) gate_up: Projection,
+    pub(crate) down: Projection,
+}
+
+/// A matrix and its bias.
+pub(crate) struct Projection {
+    pub(crate) weight: Linear,
+    pub(crate) bias: Option<Buffer>,
+}
+
+/// A norm's weight and what is added to the mean square.
+pub(crate) struct Norm {
+    pub(crate) weight: Buffer,
+    pub(crate) epsilon: f32,
+}
+
+/// Packs all weights of a checkpoint.
+pub(crate) fn pack(
+    checkpoint: &Checkpoint,
+    device: &dyn Device,
+    element: Element,
+    progress: &dyn Fn(f32),
+) -> Result<Weights, LoadError> {
+    let mut packer =
+        Packer { checkpoint, device, element, progress, done: 0, total: checkpoint.total_bytes().max(1) };
+    let spec = checkpoint.spec();
+    let embedding = packer.matrix(&[Part::Embedding], false)?;
+    let mut layers = Vec::with_capacity(spec.layers.len());
+    for (index, layer) in spec.layers.iter().enumerate() {
+        let part = |part| Part::Layer(index, part);
+        let AttentionSpec::Full { heads, kv_heads, head_dim, qkv_bias, output_bias, head_norm, scale } =
+            layer.attention;
+        let FeedForwardSpec::Gated { width, activation: tandem_models::Activation::Silu, bias } =
+            layer.feed_forward;
+        use LayerPart::*;
+        let head_norms = match head_norm {
+            Some(norm) => {
+                Some((packer.norm(part(QueryNorm), norm.epsilon)?, packer.norm(part(KeyNorm), norm.epsilon)?))
+            }
+            None => None,
+        };
+        layers.push(Layer {
+            attention_norm: packer.norm(part(AttentionNorm), layer.attention_norm.epsilon)?,
+            attention: Attention {
+                heads,
+                kv_heads,
+                width: head_dim,
+                scale,
+                qkv: packer.projection(
+                    &[part(Query), part(Key), part(Value)],
+                    qkv_bias.then_some(&[part(QueryBias), part(KeyBias), part(ValueBias)]),
+                    false,
+                )?,
+                head_norms,
+                output: packer.projection(
+                    &[part(Output)],
+                    output_bias.then_some(&[part(OutputBias)]),
+                    false,
+                )?,
+            },
+            feed_forward_norm: packer.norm(part(FeedForwardNorm), layer.feed_forward_norm.epsilon)?,
+            feed_forward: FeedForward {
+                width,
+                gate_up: packer.projection(
+                    &[part(Gate), part(Up)],
+                    bias.then_some(&[part(GateBias), part(UpBias)]),
+                    true,
+                )?,
+                down: packer.projection(&[part(Down)], bias.then_some(&[part(DownBias)]), false)?,
+            },
+        });
+    }
+    let final_norm = packer.norm(Part::FinalNorm, spec.final_norm.epsilon)?;
+    let head = match spec.head {
+        Head::Tied => embedding.clone(),
+        Head::Separate => packer.matrix(&[Part::Head], false)?,
+    };
+    Ok(Weights { embedding, layers, final_norm, head })
+}
+
+struct Packer<'a> {
+    checkpoint: &'a Checkpoint,
+    device: &'a dyn Device,
+    element: Element,
+    progress: &'a dyn Fn(f32),
+    done: u64,
+    total: u64,
+}
+
+impl Packer<'_> {
+    fn projection<const N: usize>(
+        &mut self,
+        parts: &[Part; N],
+        bias: Option<&[Part; N]>,
+        gated: bool,
+    ) -> Result<Projection, LoadError> {
+        let weight = self.matrix(parts, gated)?;
+        let bias = bias.map(|parts| self.vector(parts)).transpose()?;
+        Ok(Projection { weight, bias })
+    }
+
+    /// Matrices of equal width, one under the other, as one.
+    fn matrix(&mut self, parts: &[Part], gated: bool) -> Result<Linear, LoadError> {
+        let tensors: Vec<_> = parts.iter().map(|part| self.checkpoint.weight(*part)).collect();
+        let outputs = tensors.iter().map(|tensor| tensor.rows()).sum();
+        let inputs = tensors[0].columns();
+        let mut row = |mut output: usize, to: &mut [f32]| {
+            for tensor in &tensors {
+                if output < tensor.rows() {
+                    return tensor.read_row(output, to);
+                }
+                output -= tensor.rows();
+            }
+        };
+        let matrix = Matrix { outputs, inputs, element: self.element, gated, row: &mut row };
+        let packed = self.device.pack(matrix).map_err(|error| self.refused(error))?;
+        self.advance(tensors.iter().map(|tensor| tensor.bytes.len()).sum());
+        Ok(packed)
+    }
+
+    fn norm(&mut self, part: Part, epsilon: f32) -> Result<Norm, LoadError> {
+        Ok(Norm { weight: self.vector(&[part])?, epsilon })
+    }
+
+    /// Vectors end to end; they stay in float32, being small.
+    fn vector(&mut self, parts: &[Part]) -> Result<Buffer, LoadError> {
+        let mut values = Vec::new();
+        for part in parts {
+            let tensor = self.checkpoint.weight(*part);
+            values.extend(tensor.to_f32());
+            self.advance(tensor.bytes.len());
+        }
+        let buffer = self.device.allocate(Element::F32, values.len()).map_err(|error| self.refused(error))?;
+        let bytes: Vec<u8> = values.iter().flat_map(|value| value.to_ne_bytes()).collect();
+        self.device.stream().upload(&buffer, &bytes);
+        Ok(buffer)
+    }
+
+    fn advance(&mut self, bytes: usize) {
+        self.done += bytes as u64;
+        (self.progress)(self.done as f32 / self.total as f32);
+    }
+
+    fn refused(&self, error: tandem_device::Error) -> LoadError {
+        LoadError::Unsupported {
+            model: self.checkpoint.dir().display().to_string(),
+            reason: error.to_string(),
+        }
+    }
+}

@@ -1,0 +1,144 @@
+//! What a worker is told when it starts. The three worker binaries share it and differ in the first role.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+use tandem_chassis::config::{ByteSize, HumanDuration};
+use tandem_engine::Dtype;
+use tandem_engine::fake::FakeSpec;
+use tandem_types::Role;
+
+/// Options of a worker.
+#[derive(Clone, Debug, clap::Parser, Serialize)]
+pub struct WorkerConfig {
+    /// Name in the cluster; by default the role and a number drawn at random
+    #[arg(long)]
+    pub id: Option<String>,
+    /// What it prefers to do at first: prefill, decode or mixed
+    #[arg(long, default_value = "mixed")]
+    pub role: Role,
+    /// Cluster to join
+    #[arg(long, default_value = "default")]
+    pub cluster: String,
+    /// Address to listen on
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    pub bind: IpAddr,
+    /// Host name or address that others reach this worker under; by default the bind address
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// Port of the gRPC services; 0 takes any free one
+    #[arg(long, default_value_t = 7100)]
+    pub port: u16,
+    /// Port of the admin endpoints; 0 takes any free one
+    #[arg(long, default_value_t = 7101)]
+    pub admin_port: u16,
+    /// etcd to register with, such as http://127.0.0.1:2379
+    #[arg(long)]
+    pub etcd: Option<String>,
+    /// Membership served by a parent process; set by `tandem up --processes`
+    #[arg(long, hide = true)]
+    pub parent: Option<String>,
+    /// Checkpoint: a Hugging Face directory
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Name of the model in the API; by default the directory's name
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// Element type of weights, activations and KV: auto, bfloat16 or float32
+    #[arg(long, default_value_t = Dtype::Auto)]
+    pub dtype: Dtype,
+    /// Threads that compute; by default all cores but one, at least one
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Memory of the KV pool
+    #[arg(long, default_value = "512MiB")]
+    pub kv_memory: ByteSize,
+    /// Compute with the fake engine: zero, paced:TTFT,ITL or qwen3-8b@h200, with options after commas
+    #[arg(long, num_args = 0..=1, default_missing_value = "zero", require_equals = true)]
+    pub fake: Option<FakeSpec>,
+    /// How KV travels: auto, or the name of one transport
+    #[arg(long, default_value = "auto")]
+    pub transport: String,
+    /// Whether the numerics class of both ends of a hand-off must be equal: strict
+    #[arg(long, default_value = "strict")]
+    pub numerics: Numerics,
+    /// Share of the KV pool that may be under leases (one lease always fits)
+    #[arg(long, default_value_t = 0.5)]
+    pub leased_share: f32,
+    /// Time to live of a lease that nobody renews
+    #[arg(long, default_value = "10s")]
+    pub lease_time_to_live: HumanDuration,
+    /// Tokens of an engine step
+    #[arg(long, default_value_t = 512)]
+    pub token_budget: u32,
+    /// Sequences of an engine step
+    #[arg(long, default_value_t = 64)]
+    pub rows_max: u32,
+    /// Requests that may wait or run here; more are refused
+    #[arg(long, default_value_t = 1024)]
+    pub legs_max: usize,
+    /// Time that running requests get when the worker drains
+    #[arg(long, default_value = "30s")]
+    pub drain_timeout: HumanDuration,
+    /// Logs and traces.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub telemetry: tandem_chassis::telemetry::Options,
+}
+
+impl WorkerConfig {
+    /// The defaults, as without any option.
+    pub fn defaults() -> WorkerConfig {
+        <WorkerConfig as clap::Parser>::parse_from(["worker"])
+    }
+
+    /// What no single option can know.
+    pub fn check(&self) -> Result<(), String> {
+        if self.model.is_none() {
+            return Err("--model DIR is needed: a Hugging Face checkpoint directory (with --fake for its tokenizer)".into());
+        }
+        if self.role == Role::Encode {
+            return Err("this version has no encoder workers; roles are prefill, decode and mixed".into());
+        }
+        if self.threads == Some(0) {
+            return Err("--threads must be at least 1".into());
+        }
+        if !(self.leased_share > 0.0 && self.leased_share <= 1.0) {
+            return Err(format!("--leased-share is {} but must be above 0 and at most 1", self.leased_share));
+        }
+        if self.token_budget == 0 || self.rows_max == 0 || self.legs_max == 0 {
+            return Err("--token-budget, --rows-max and --legs-max must be at least 1".into());
+        }
+        let known: Vec<&str> = tandem_kv_transfer::TRANSPORTS.iter().map(|row| row.name).collect();
+        if self.transport != "auto" && !known.contains(&self.transport.as_str()) {
+            return Err(format!(
+                "--transport {:?} is not in this version; it has auto, {}",
+                self.transport,
+                known.join(", ")
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// How equal two ends of a hand-off must be.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Numerics {
+    /// Equal numerics classes only.
+    #[default]
+    Strict,
+}
+
+impl std::str::FromStr for Numerics {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Numerics, String> {
+        match text {
+            "strict" => Ok(Numerics::Strict),
+            "mixed" => Err("hand-off between numerics classes is not in this version; it has strict".into()),
+            _ => Err(format!("{text:?} is not known; expected strict")),
+        }
+    }
+}

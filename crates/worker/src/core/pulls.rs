@@ -1,0 +1,127 @@
+//! The taking side of hand-offs: room first, then the pull, then the sequence goes on.
+
+use tandem_batching::SequenceId;
+use tandem_kv_cache::{FirstTokenBundle, HashChain};
+use tandem_proto::v1;
+use tandem_types::{BLOCK_TOKENS, Time};
+
+use super::legs::{Finish, PullOrder, Stage, StageName};
+use super::{Core, Output};
+
+/// Why a pull brought nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PullFailure {
+    /// The owner said that the request ended there.
+    Done,
+    /// No way to the owner or its memory: the lease waits for another puller.
+    Unreachable(String),
+    /// Identity or form differ.
+    Incompatible(String),
+    /// Bytes did not arrive.
+    Transfer(String),
+    /// The lease is over.
+    Lost(String),
+    /// A newer attempt holds it.
+    Superseded,
+}
+
+impl PullFailure {
+    /// A word for metrics.
+    pub fn word(&self) -> &'static str {
+        match self {
+            PullFailure::Done => "done",
+            PullFailure::Unreachable(_) => "unreachable",
+            PullFailure::Incompatible(_) => "incompatible",
+            PullFailure::Transfer(_) => "transfer",
+            PullFailure::Lost(_) => "lost",
+            PullFailure::Superseded => "superseded",
+        }
+    }
+}
+
+impl Core {
+    /// Reserves room for hand-offs, oldest first, and orders their pulls.
+    pub(super) fn begin_waiting_pulls(&mut self, now: Time) {
+        while let Some(&id) = self.waiting_pulls.front() {
+            let leg = self.legs.get_mut(&id).expect("queued legs exist");
+            let Stage::WaitingForRoom { spec, handle, after } = &leg.stage else {
+                unreachable!("only waiting legs are queued");
+            };
+            let mut chain = HashChain::new(spec.seed);
+            chain.extend(&spec.tokens);
+            let tokens = spec.tokens.len() as u32;
+            // One more token than the prompt: the first one's KV goes there in the first decode step.
+            let Ok((table, cached)) = self.kv.open(chain.hashes(), tokens, tokens + 1, now) else { return };
+            let attempt = *after;
+            let handle = (**handle).clone();
+            self.waiting_pulls.pop_front();
+            let Stage::WaitingForRoom { spec, .. } = std::mem::replace(&mut leg.stage, Stage::Running) else {
+                unreachable!("matched above");
+            };
+            let local = (0..self.constants.groups).map(|g| table.pages(g).to_vec()).collect();
+            let order = PullOrder {
+                sequence: id,
+                handle,
+                attempt,
+                local,
+                skip_blocks: cached / BLOCK_TOKENS,
+                deadline: leg.deadline,
+                traceparent: leg.traceparent.clone(),
+                request_name: leg.request_name.clone(),
+            };
+            leg.stage = Stage::Pulling { spec, table };
+            self.enter(id, StageName::Transfer);
+            self.output.push(Output::Pull(Box::new(order)));
+        }
+    }
+
+    /// Every byte is here and the owner says they are good.
+    pub fn pull_done(&mut self, id: SequenceId, tokens: u32, bundle: FirstTokenBundle, now: Time) {
+        let Some(leg) = self.legs.get_mut(&id) else { return };
+        match std::mem::replace(&mut leg.stage, Stage::Running) {
+            Stage::Pulling { spec, table } => self.take_over(id, *spec, table, tokens, Some(bundle), now),
+            Stage::Stopping { table } => {
+                self.kv.close(table, now);
+                leg.stage = Stage::HandedOff;
+                self.remove_leg(id, Finish::Cancelled, now);
+            }
+            other => leg.stage = other,
+        }
+        self.settle(now);
+    }
+
+    /// The pull has ended without success, and nothing writes into its pages any more.
+    pub fn pull_failed(&mut self, id: SequenceId, failure: PullFailure, now: Time) {
+        let Some(leg) = self.legs.get_mut(&id) else { return };
+        let finish = match std::mem::replace(&mut leg.stage, Stage::HandedOff) {
+            Stage::Pulling { table, .. } => {
+                self.kv.close(table, now);
+                finish_of(failure)
+            }
+            Stage::Stopping { table } => {
+                self.kv.close(table, now);
+                Finish::Cancelled
+            }
+            other => {
+                leg.stage = other;
+                return;
+            }
+        };
+        self.remove_leg(id, finish, now);
+        self.settle(now);
+    }
+}
+
+fn finish_of(failure: PullFailure) -> Finish {
+    use v1::{FailReason, RefuseReason};
+    match failure {
+        PullFailure::Done => Finish::Cancelled,
+        PullFailure::Unreachable(message) => Finish::Refused(RefuseReason::Unreachable, message),
+        PullFailure::Incompatible(message) => Finish::Refused(RefuseReason::Incompatible, message),
+        PullFailure::Transfer(message) => Finish::Failed(FailReason::Transfer, message),
+        PullFailure::Lost(message) => Finish::Failed(FailReason::LeaseLost, message),
+        PullFailure::Superseded => {
+            Finish::Failed(FailReason::Superseded, "a newer attempt holds the lease".into())
+        }
+    }
+}

@@ -1,0 +1,183 @@
+//! The `Lender` service, and the gate through which a transport reads pages under a claim.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::{Stream, StreamExt};
+use tandem_chassis::{Tasks, seam};
+use tandem_kv_cache::{HoldId, Verdict};
+use tandem_kv_transfer::{ByteRange, Denied, Gate, Permit};
+use tandem_proto::v1::{self, follow_event, follow_request};
+use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
+use tandem_types::{Attempt, ClaimId, LeaseId};
+use tokio::sync::mpsc;
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::{Request, Response, Status, Streaming};
+
+use crate::pages::PageMap;
+use crate::shared::{FOLLOW_QUEUE, Shared};
+
+/// Both ends of a Follow stream beat this often; each beat of the puller renews the lease.
+pub(crate) const FOLLOW_BEAT: Duration = Duration::from_millis(500);
+/// A Follow stream that was silent for so long is given up.
+pub(crate) const FOLLOW_SILENCE_MAX: Duration = Duration::from_secs(3);
+
+/// Serves `Lender`.
+pub(crate) struct LenderService {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) tasks: Arc<Tasks>,
+}
+
+#[tonic::async_trait]
+impl v1::lender_server::Lender for LenderService {
+    type FollowStream = Pin<Box<dyn Stream<Item = Result<v1::FollowEvent, Status>> + Send>>;
+
+    async fn lend(&self, _: Request<v1::LendRequest>) -> Result<Response<v1::LendReply>, Status> {
+        // Nothing held that this version lends: routers name no holders yet, so nobody should ask.
+        Err(Status::unimplemented("this version does not lend cached prefixes"))
+    }
+
+    async fn follow(
+        &self,
+        request: Request<Streaming<v1::FollowRequest>>,
+    ) -> Result<Response<Self::FollowStream>, Status> {
+        let mut inbound = request.into_inner();
+        let first = seam::timeout(FOLLOW_SILENCE_MAX, inbound.message())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no claim came"))??;
+        let Some(follow_request::Message::Claim(wanted)) = first.and_then(|m| m.message) else {
+            return Err(Status::invalid_argument("a Follow begins with a claim"));
+        };
+        let lease = LeaseId(convert::read_id128("Claim.lease", &wanted.lease)?);
+        self.check_claim(&wanted)?;
+
+        let claim = ClaimId(seam::random_u128());
+        let (events, outbound) = mpsc::channel(FOLLOW_QUEUE);
+        let claimed = v1::Claimed { claim: convert::id128(claim.0) };
+        let _ = events.try_send(follow_event::Event::Claimed(claimed));
+        // Attached before the claim exists, so that no event can pass by.
+        self.shared.attach_follower(claim, events.clone());
+        let held = self.shared.change(|core, now| core.follow(lease, Attempt(wanted.attempt), claim, now));
+        if held {
+            self.tasks.spawn(serve_claim(self.shared.clone(), claim, inbound, events));
+        } else {
+            self.shared.detach_follower(claim);
+            let message = "the lease is over, was never here, or a newer attempt holds it".to_owned();
+            let _ = events.try_send(follow_event::Event::Lost(v1::Lost { message }));
+        }
+        let outbound =
+            ReceiverStream::new(outbound).map(|event| Ok(v1::FollowEvent { event: Some(event) }));
+        Ok(Response::new(Box::pin(outbound)))
+    }
+
+    async fn end(&self, request: Request<v1::EndRequest>) -> Result<Response<v1::EndReply>, Status> {
+        let end = request.into_inner();
+        let lease = LeaseId(convert::read_id128("EndRequest.lease", &end.lease)?);
+        let claim = ClaimId(convert::read_id128("EndRequest.claim", &end.claim)?);
+        let own = self.shared.look(|core| core.constants().incarnation);
+        let verdict = if end.incarnation == own.0 {
+            self.shared.change(|core, now| core.end_claim(lease, claim, end.complete, now))
+        } else {
+            Verdict::Lost
+        };
+        let verdict = match verdict {
+            Verdict::Held => v1::Verdict::Held,
+            Verdict::Lost => v1::Verdict::Lost,
+            Verdict::Superseded => v1::Verdict::Superseded,
+        };
+        Ok(Response::new(v1::EndReply { verdict: verdict as i32 }))
+    }
+}
+
+impl LenderService {
+    fn check_claim(&self, claim: &v1::Claim) -> Result<(), Status> {
+        let constants = self.shared.look(|core| core.constants().clone());
+        if claim.incarnation != constants.incarnation.0 {
+            return Err(Status::failed_precondition(format!(
+                "the handle is of another start of {}; this is incarnation {}",
+                constants.id, constants.incarnation
+            )));
+        }
+        if claim.protocol_max.min(PROTOCOL_MAX) < claim.protocol_min.max(PROTOCOL_MIN) {
+            return Err(Status::failed_precondition(format!(
+                "no protocol version in common: puller {}..{}, owner {PROTOCOL_MIN}..{PROTOCOL_MAX}",
+                claim.protocol_min, claim.protocol_max
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// Keeps a claim alive while its puller's stream lives.
+async fn serve_claim(
+    shared: Arc<Shared>,
+    claim: ClaimId,
+    mut inbound: Streaming<v1::FollowRequest>,
+    events: mpsc::Sender<follow_event::Event>,
+) {
+    let mut beats = seam::interval(FOLLOW_BEAT);
+    let mut heard = seam::now();
+    loop {
+        tokio::select! {
+            message = inbound.message() => match message {
+                Ok(Some(_)) => {
+                    heard = seam::now();
+                    shared.change(|core, now| core.renew_claim(claim, now));
+                }
+                Ok(None) | Err(_) => break,
+            },
+            () = beats.tick() => {
+                let silent = seam::now().since(heard) > FOLLOW_SILENCE_MAX;
+                if silent || events.try_send(follow_event::Event::Beat(v1::FollowBeat {})).is_err() {
+                    break;
+                }
+            }
+            () = events.closed() => break,
+        }
+    }
+    shared.detach_follower(claim);
+    shared.change(|core, now| core.unfollow(claim, now));
+}
+
+/// Lets a transport read pages that are ready under a live claim, and keeps them from reuse meanwhile.
+pub(crate) struct LeaseGate {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) pages: PageMap,
+}
+
+/// A gate that is filled before anybody can have a claim; until then it lets nobody through.
+#[derive(Default)]
+pub(crate) struct LateGate(std::sync::OnceLock<LeaseGate>);
+
+impl LateGate {
+    pub(crate) fn fill(&self, gate: LeaseGate) {
+        assert!(self.0.set(gate).is_ok(), "a gate is filled once");
+    }
+}
+
+impl Gate for LateGate {
+    fn begin(&self, claim: ClaimId, ranges: &[ByteRange]) -> Result<Permit, Denied> {
+        self.0.get().ok_or(Denied)?.begin(claim, ranges)
+    }
+}
+
+/// A read in progress: gives the pages back when it drops.
+struct Reading {
+    shared: Arc<Shared>,
+    hold: HoldId,
+}
+
+impl Drop for Reading {
+    fn drop(&mut self) {
+        self.shared.change(|core, _| core.kv().release(self.hold));
+    }
+}
+
+impl Gate for LeaseGate {
+    fn begin(&self, claim: ClaimId, ranges: &[ByteRange]) -> Result<Permit, Denied> {
+        let pages = self.pages.covering(ranges).ok_or(Denied)?;
+        let hold = self.shared.change(|core, _| core.kv().begin_read(claim, &pages)).map_err(|_| Denied)?;
+        Ok(Box::new(Reading { shared: self.shared.clone(), hold }))
+    }
+}

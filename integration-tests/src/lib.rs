@@ -1,0 +1,12 @@
+//! Shared harness of the integration tests: whole clusters through their public doors, in this process or in
+//! many, and a small HTTP client to talk to them.
+
+pub mod checkpoints;
+pub mod client;
+pub mod cluster;
+pub mod processes;
+pub mod skip;
+
+pub use client::{Answer, Client};
+pub use cluster::{Spec, TestCluster};
+pub use processes::ProcessCluster;

@@ -1,0 +1,122 @@
+//! Which instruction set the kernels run on. One source is compiled for each; the arithmetic is the same.
+
+use tandem_device::Error;
+
+/// The instruction sets kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Isa {
+    /// What every machine of the architecture has.
+    Portable,
+    /// 256-bit vectors.
+    Avx2,
+    /// 512-bit vectors.
+    Avx512,
+}
+
+impl Isa {
+    /// All, from the plainest.
+    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+
+    /// The word used in `TANDEM_CPU`.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Isa::Portable => "portable",
+            Isa::Avx2 => "avx2",
+            Isa::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it.
+    #[cfg(target_arch = "x86_64")]
+    pub fn available(self) -> bool {
+        match self {
+            Isa::Portable => true,
+            Isa::Avx2 => is_x86_feature_detected!("avx2"),
+            Isa::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512dq")
+                    && is_x86_feature_detected!("avx512vl")
+            }
+        }
+    }
+
+    /// Whether this machine has it.
+    #[cfg(not(target_arch = "x86_64"))]
+    pub fn available(self) -> bool {
+        self == Isa::Portable
+    }
+
+    /// The one named by force, else the best.
+    pub fn choose(forced: Option<&str>) -> Result<Isa, Error> {
+        let Some(name) = forced else {
+            return Ok(Isa::ALL.into_iter().rfind(|isa| isa.available()).expect("portable is everywhere"));
+        };
+        let isa = Isa::ALL.into_iter().find(|isa| isa.as_str() == name).ok_or_else(|| {
+            Error::Unsupported(format!("TANDEM_CPU={name} is unknown; expected portable, avx2 or avx512"))
+        })?;
+        match isa.available() {
+            true => Ok(isa),
+            false => Err(Error::Unsupported(format!("TANDEM_CPU={name}: this machine does not have it"))),
+        }
+    }
+}
+
+/// Compiles `body`, an `inline(always)` function of (job, part, parts), once per instruction set, and makes a
+/// function of (isa, job, part, parts) that calls the one for `isa`.
+macro_rules! kernel {
+    ($(#[$doc:meta])* $name:ident, $body:ident, $job:ident $(<$scalar:ident>)?) => {
+        $(#[$doc])*
+        pub(super) fn $name $(<$scalar: crate::scalar::Scalar>)? (
+            isa: super::Isa, job: &$job $(<$scalar>)?, part: usize, parts: usize,
+        ) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2")]
+                fn avx2 $(<$scalar: crate::scalar::Scalar>)? (job: &$job $(<$scalar>)?, part: usize, parts: usize) {
+                    $body(job, part, parts)
+                }
+                #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512 $(<$scalar: crate::scalar::Scalar>)? (job: &$job $(<$scalar>)?, part: usize, parts: usize) {
+                    $body(job, part, parts)
+                }
+                match isa {
+                    super::Isa::Portable => {}
+                    // SAFETY: an `Isa` in use was found available when the device was opened.
+                    super::Isa::Avx2 => return unsafe { avx2(job, part, parts) },
+                    // SAFETY: as above.
+                    super::Isa::Avx512 => return unsafe { avx512(job, part, parts) },
+                }
+            }
+            let _ = isa;
+            $body(job, part, parts)
+        }
+    };
+}
+
+pub(super) use kernel;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_forced_instruction_set_is_taken_or_refused_and_never_replaced() {
+        assert_eq!(Isa::choose(Some("portable")).unwrap(), Isa::Portable);
+        for isa in Isa::ALL {
+            match Isa::choose(Some(isa.as_str())) {
+                Ok(chosen) => assert_eq!(chosen, isa),
+                Err(error) => assert!(!isa.available() && error.to_string().contains(isa.as_str())),
+            }
+        }
+        let message = Isa::choose(Some("sse9")).unwrap_err().to_string();
+        assert_eq!(message, "TANDEM_CPU=sse9 is unknown; expected portable, avx2 or avx512");
+    }
+
+    #[test]
+    fn without_force_the_best_available_one_is_taken() {
+        let chosen = Isa::choose(None).unwrap();
+        assert!(chosen.available());
+        assert!(Isa::ALL.into_iter().all(|isa| isa <= chosen || !isa.available()));
+    }
+}

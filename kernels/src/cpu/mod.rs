@@ -1,0 +1,516 @@
+//! The CPU as a device: work happens at once, in the calling thread and the pool's.
+
+#![allow(
+    clippy::needless_range_loop,
+    reason = "loops over lanes by index read like the arithmetic, and vectorise"
+)]
+
+mod attention;
+mod isa;
+mod linear;
+mod pages;
+mod pool;
+mod rows;
+mod sample;
+
+use std::sync::{Arc, Mutex};
+
+use tandem_device::{
+    Attention, Buffer, Device, Download, Element, Embed, Epilogue, Error, HEAD_WIDTH_MAX, KvPages, Linear,
+    LinearCall, Logits, Matrix, Norm, Penalties, QkvStore, Rotations, SampleCall, SampleRow, Stream, Tally,
+};
+use tandem_memory::Region;
+
+pub use isa::Isa;
+pub(crate) use pages::Pages;
+use pool::Pool;
+
+use crate::memory::{Memory, Shared, slice, slice_mut};
+use crate::scalar::{Bf16, Scalar};
+
+/// Below this much work (multiplications, roughly) a fork costs more than it saves.
+const FORK_WORK: usize = 1 << 15;
+
+/// The CPU. Clones and streams share its threads.
+#[derive(Clone)]
+pub struct Cpu {
+    isa: Isa,
+    name: String,
+    pool: Arc<Mutex<Pool>>,
+}
+
+impl Cpu {
+    /// The CPU with so many threads, the caller's included, and the instruction set that the environment variable
+    /// `TANDEM_CPU` names (`portable`, `avx2`, `avx512`), else the best that this machine has.
+    pub fn open(threads: usize) -> Result<Cpu, Error> {
+        let forced = std::env::var("TANDEM_CPU").ok().filter(|name| !name.is_empty());
+        Cpu::with(Isa::choose(forced.as_deref())?, threads)
+    }
+
+    /// The CPU with a chosen instruction set.
+    pub fn with(isa: Isa, threads: usize) -> Result<Cpu, Error> {
+        if !isa.available() {
+            return Err(Error::Unsupported(format!("{}: this machine does not have it", isa.as_str())));
+        }
+        if threads == 0 {
+            return Err(Error::Unsupported("0 threads cannot compute; expected at least 1".to_owned()));
+        }
+        let pool = Pool::new(threads)
+            .map_err(|error| Error::Unsupported(format!("cannot start {threads} threads: {error}")))?;
+        Ok(Cpu { isa, name: format!("cpu-{}", isa.as_str()), pool: Arc::new(Mutex::new(pool)) })
+    }
+}
+
+impl Device for Cpu {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    // The instruction set is no part of it: all of them give the same bits. The number counts changes of the
+    // arithmetic.
+    fn numerics(&self, element: Element) -> String {
+        format!("cpu-1-{}", element.as_str())
+    }
+
+    fn allocate(&self, element: Element, len: usize) -> Result<Buffer, Error> {
+        Memory::allocate(element, len)
+    }
+
+    fn map(&self, region: Arc<Region>, element: Element) -> Result<Buffer, Error> {
+        let len = region.len() / element.bytes();
+        Memory::map(region, element, len)
+    }
+
+    fn pack(&self, matrix: Matrix<'_>) -> Result<Linear, Error> {
+        match matrix.element {
+            Element::F32 => pack::<f32>(matrix),
+            Element::Bf16 => pack::<Bf16>(matrix),
+            Element::U32 => Err(Error::Unsupported("weights are f32 or bf16".to_owned())),
+        }
+    }
+
+    fn stream(&self) -> Box<dyn Stream> {
+        Box::new(CpuStream { cpu: self.clone(), wide: Vec::new() })
+    }
+}
+
+fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
+    let Matrix { outputs, inputs, element, gated, row } = matrix;
+    assert!(!gated || outputs.is_multiple_of(2), "a gated matrix has two halves");
+    let values = Memory::allocate(element, linear::panels(outputs, gated) * linear::PANEL * inputs)?;
+    // SAFETY: nobody else has the buffer yet.
+    let panels = unsafe { slice_mut::<T>(&values) };
+    let mut weights = vec![0.0; inputs];
+    for output in 0..outputs {
+        row(output, &mut weights);
+        let (panel, lane) = linear::place(outputs, gated, output);
+        let panel = &mut panels[panel * linear::PANEL * inputs..][..linear::PANEL * inputs];
+        for (k, weight) in weights.iter().enumerate() {
+            panel[k * linear::PANEL + lane] = T::store(*weight);
+        }
+    }
+    Ok(Linear { outputs, inputs, gated, values })
+}
+
+struct CpuStream {
+    cpu: Cpu,
+    /// Rows of a product's input in float32; kept to save allocating.
+    wide: Vec<f32>,
+}
+
+/// Calls a method for the element type that a buffer has.
+macro_rules! by_element {
+    ($buffer:expr, $self:ident.$method:ident($($argument:expr),*)) => {
+        match $buffer.element() {
+            Element::F32 => $self.$method::<f32>($($argument),*),
+            Element::Bf16 => $self.$method::<Bf16>($($argument),*),
+            Element::U32 => panic!("numbers are f32 or bf16, not u32"),
+        }
+    };
+}
+
+impl CpuStream {
+    /// Runs a job in parts: all threads when there is enough work, else here alone. Parts never share a sum, so
+    /// their number changes no bit.
+    fn run(&self, work: usize, job: &(dyn Fn(usize, usize) + Sync)) {
+        // A part that panicked left nothing half-done in the pool itself.
+        let mut pool = self.cpu.pool.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let parts = pool.threads();
+        if parts == 1 || work < FORK_WORK {
+            return job(0, 1);
+        }
+        pool.run(&|part| job(part, parts));
+    }
+
+    fn embed_as<T: Scalar>(&mut self, call: Embed<'_>) {
+        let count = call.rows.count;
+        expect(call.to, count * call.table.inputs);
+        // SAFETY: (that of all slices in this and the following methods) by the stream's contract nothing else
+        // touches the call's buffers while it runs, and outputs do not overlap inputs.
+        let job = unsafe {
+            rows::Embed::<T> {
+                table: call.table,
+                panels: Shared::of(&call.table.values),
+                tokens: &slice(call.tokens)[..count],
+                sequences: &slice(call.rows.sequences)[..count],
+                slots: slice(call.slots),
+                previous: slice(call.previous),
+                to: Shared::of(call.to),
+            }
+        };
+        self.run(count * call.table.inputs, &|part, parts| rows::embed(&job, part, parts));
+    }
+
+    fn norm_as<T: Scalar>(&mut self, call: Norm<'_>) {
+        let (count, width) = (call.count, call.weight.len());
+        expect(call.x, count * width);
+        expect(call.to, count * width);
+        let isa = self.cpu.isa;
+        // SAFETY: as in `embed_as`.
+        let job = unsafe {
+            rows::Norm::<T> {
+                x: Shared::of(call.x),
+                add: call.add.map(|add| &slice(add)[..count * width]),
+                weight: slice(call.weight),
+                epsilon: call.epsilon,
+                count,
+                to: Shared::of(call.to),
+            }
+        };
+        self.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
+    }
+
+    fn product_as<T: Scalar>(
+        &mut self,
+        x: &Buffer,
+        count: usize,
+        weight: &Linear,
+        bias: Option<&Buffer>,
+        epilogue: Epilogue,
+        to: linear::Output<T>,
+    ) {
+        let inputs = weight.inputs;
+        expect(x, count * inputs);
+        assert_eq!(weight.values.element(), T::ELEMENT, "weights and activations are of one type");
+        assert_eq!(weight.gated, epilogue == Epilogue::Gate, "a gated matrix has a gate as epilogue");
+        if let Some(bias) = bias {
+            expect(bias, weight.outputs);
+        }
+        let mut wide = std::mem::take(&mut self.wide);
+        wide.clear();
+        // SAFETY: as in `embed_as`.
+        wide.extend(unsafe { &slice::<T>(x)[..count * inputs] }.iter().map(|value| value.load()));
+        let isa = self.cpu.isa;
+        let job = linear::Product::<T> {
+            x: &wide,
+            count,
+            weight,
+            panels: Shared::of(&weight.values),
+            // SAFETY: as in `embed_as`.
+            bias: bias.map(|bias| unsafe { slice(bias) }),
+            epilogue,
+            to,
+            several: isa != Isa::Portable,
+        };
+        self.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
+        self.wide = wide;
+    }
+
+    fn linear_as<T: Scalar>(&mut self, call: LinearCall<'_>) {
+        let halves = if call.epilogue == Epilogue::Gate { 2 } else { 1 };
+        expect(call.to, call.count * call.weight.outputs / halves);
+        let to = linear::Output::Stored(Shared::<T>::of(call.to));
+        self.product_as(call.x, call.count, call.weight, call.bias, call.epilogue, to);
+    }
+
+    fn logits_as<T: Scalar>(&mut self, call: Logits<'_>) {
+        expect(call.to, call.count * call.weight.outputs);
+        let to = linear::Output::<T>::Logits(Shared::of(call.to));
+        self.product_as(call.x, call.count, call.weight, None, Epilogue::None, to);
+    }
+
+    fn qkv_store_as<T: Scalar>(&mut self, call: QkvStore<'_>) {
+        let count = call.rows.count;
+        let pages = call.kv.pages;
+        check_heads(call.heads, pages);
+        assert!(2 * call.pairs <= pages.width, "{} pairs in a head of {}", call.pairs, pages.width);
+        expect(call.qkv, count * (call.heads + 2 * pages.heads) * pages.width);
+        expect(call.queries, count * call.heads * pages.width);
+        expect(call.rotations, count * 2 * call.pairs);
+        for norm in [call.query_norm, call.key_norm].into_iter().flatten() {
+            expect(norm, pages.width);
+        }
+        let isa = self.cpu.isa;
+        // SAFETY: as in `embed_as`.
+        let job = unsafe {
+            rows::QkvStore::<T> {
+                qkv: slice(call.qkv),
+                positions: &slice(call.rows.positions)[..count],
+                sequences: &slice(call.rows.sequences)[..count],
+                heads: call.heads,
+                query_norm: call.query_norm.map(|norm| slice(norm)),
+                key_norm: call.key_norm.map(|norm| slice(norm)),
+                epsilon: call.epsilon,
+                rotations: slice(call.rotations),
+                pairs: call.pairs,
+                pages: Pages::of(call.kv, call.sequences),
+                queries: Shared::of(call.queries),
+            }
+        };
+        self.run(count * call.heads * pages.width * 8, &|part, parts| {
+            rows::qkv_store(isa, &job, part, parts);
+        });
+    }
+
+    fn attention_as<T: Scalar>(&mut self, call: Attention<'_>) {
+        let count = call.rows.count;
+        let pages = call.kv.pages;
+        check_heads(call.heads, pages);
+        assert!(
+            attention::SPAN.is_multiple_of(pages.tokens),
+            "spans end with pages of {} tokens",
+            pages.tokens
+        );
+        expect(call.queries, count * call.heads * pages.width);
+        expect(call.to, count * call.heads * pages.width);
+        let isa = self.cpu.isa;
+        // SAFETY: as in `embed_as`.
+        let job = unsafe {
+            attention::Attention::<T> {
+                queries: slice(call.queries),
+                positions: &slice(call.rows.positions)[..count],
+                sequences: &slice(call.rows.sequences)[..count],
+                heads: call.heads,
+                scale: call.scale,
+                pages: Pages::of(call.kv, call.sequences),
+                to: Shared::of(call.to),
+            }
+        };
+        let tokens: usize = job.positions.iter().map(|position| *position as usize + 1).sum();
+        self.run(tokens * call.heads * pages.width * 2, &|part, parts| {
+            attention::attention(isa, &job, part, parts);
+        });
+    }
+
+    fn zero_rows_as<T: Scalar>(&mut self, pages: &KvPages, page: u32, first_row: u32) {
+        let all = Shared::<T>::of(&pages.memory);
+        let half = pages.tokens * pages.width;
+        let skip = (first_row as usize).min(pages.tokens) * pages.width;
+        for head in 0..pages.layers * pages.heads * 2 {
+            let first = page as usize * pages.page_elements() + head * half;
+            // SAFETY: as in `embed_as`; the page is the caller's alone.
+            unsafe { all.part(first + skip, half - skip) }.fill(T::store(0.0));
+        }
+    }
+
+    fn copy_pages_as<T: Scalar>(&mut self, pages: &KvPages, pairs: &[u32]) {
+        let all = Shared::<T>::of(&pages.memory);
+        let len = pages.page_elements();
+        for pair in pairs.chunks_exact(2) {
+            assert_ne!(pair[0], pair[1], "a page is not copied onto itself");
+            // SAFETY: as in `embed_as`; the pages differ.
+            unsafe {
+                all.part(pair[1] as usize * len, len).copy_from_slice(all.read(pair[0] as usize * len, len))
+            };
+        }
+    }
+}
+
+/// A shape mismatch is a bug of the caller.
+fn expect(buffer: &Buffer, len: usize) {
+    assert!(buffer.len() >= len, "{buffer:?} should hold {len} elements");
+}
+
+fn check_heads(heads: usize, pages: &KvPages) {
+    assert!(heads.is_multiple_of(pages.heads), "{heads} query heads over {} kv heads", pages.heads);
+    assert!(pages.width <= HEAD_WIDTH_MAX, "heads of {} elements, at most {HEAD_WIDTH_MAX}", pages.width);
+}
+
+impl Stream for CpuStream {
+    fn upload(&mut self, to: &Buffer, bytes: &[u8]) {
+        assert!(bytes.len() <= to.bytes(), "{} bytes for {to:?}", bytes.len());
+        // SAFETY: as in `embed_as`; every bit pattern is an element.
+        unsafe { write_bytes(to, bytes) };
+    }
+
+    fn download(&mut self, from: &Buffer) -> Box<dyn Download> {
+        // SAFETY: as in `embed_as`.
+        Box::new(Ready(unsafe { read_bytes(from) }))
+    }
+
+    fn copy(&mut self, from: &Buffer, to: &Buffer) {
+        assert_eq!((from.element(), from.len()), (to.element(), to.len()), "copies keep type and length");
+        // SAFETY: as in `embed_as`.
+        unsafe {
+            let bytes = read_bytes(from);
+            write_bytes(to, &bytes);
+        }
+    }
+
+    fn zero(&mut self, buffer: &Buffer) {
+        // SAFETY: as in `embed_as`; zero bytes are zero elements.
+        unsafe {
+            match buffer.element().bytes() {
+                2 => slice_mut::<u16>(buffer).fill(0),
+                _ => slice_mut::<u32>(buffer).fill(0),
+            }
+        }
+    }
+
+    fn embed(&mut self, call: Embed<'_>) {
+        assert_eq!(call.to.element(), call.table.values.element(), "rows are of the table's type");
+        by_element!(call.to, self.embed_as(call))
+    }
+
+    fn rotations(&mut self, call: Rotations<'_>) {
+        let count = call.rows.count;
+        expect(call.to, count * 2 * call.frequencies.len());
+        let job = rows::Rotations {
+            // SAFETY: as in `embed_as`.
+            positions: unsafe { &slice(call.rows.positions)[..count] },
+            frequencies: call.frequencies,
+            scale: call.scale,
+            to: Shared::of(call.to),
+        };
+        self.run(count * call.frequencies.len() * 64, &|part, parts| rows::rotations(&job, part, parts));
+    }
+
+    fn norm(&mut self, call: Norm<'_>) {
+        by_element!(call.x, self.norm_as(call))
+    }
+
+    fn linear(&mut self, call: LinearCall<'_>) {
+        by_element!(call.x, self.linear_as(call))
+    }
+
+    fn qkv_store(&mut self, call: QkvStore<'_>) {
+        by_element!(call.qkv, self.qkv_store_as(call))
+    }
+
+    fn attention(&mut self, call: Attention<'_>) {
+        by_element!(call.queries, self.attention_as(call))
+    }
+
+    fn gather_rows(&mut self, from: &Buffer, rows: &Buffer, count: usize, width: usize, to: &Buffer) {
+        assert_eq!(from.element(), to.element(), "rows keep their type");
+        expect(to, count * width);
+        // SAFETY: as in `embed_as`.
+        let rows = unsafe { &slice::<u32>(rows)[..count] };
+        for (at, row) in rows.iter().enumerate() {
+            let row = *row as usize;
+            self.copy(&from.part(row * width..(row + 1) * width), &to.part(at * width..(at + 1) * width));
+        }
+    }
+
+    fn logits(&mut self, call: Logits<'_>) {
+        by_element!(call.x, self.logits_as(call))
+    }
+
+    fn tally(&mut self, call: Tally<'_>) {
+        let row = call.counts.part(call.slot * call.vocab..(call.slot + 1) * call.vocab);
+        // SAFETY: as in `embed_as`.
+        unsafe { sample::tally(slice(call.tokens), call.prompt, slice_mut(&row)) };
+    }
+
+    fn penalties(&mut self, call: Penalties<'_>) {
+        let (count, vocab) = (call.count, call.vocab);
+        expect(call.raw, count * vocab);
+        expect(call.to, count * vocab);
+        expect(call.rows, count * SampleRow::WORDS);
+        expect(call.edits.first, count + 1);
+        let isa = self.cpu.isa;
+        // SAFETY: as in `embed_as`.
+        let job = unsafe {
+            sample::Penalties {
+                raw: slice(call.raw),
+                count,
+                vocab,
+                rows: slice(call.rows),
+                first: slice(call.edits.first),
+                tokens: slice(call.edits.tokens),
+                values: slice(call.edits.values),
+                counts: call.counts.map(Shared::of),
+                to: Shared::of(call.to),
+            }
+        };
+        self.run(count * vocab, &|part, parts| sample::penalties(isa, &job, part, parts));
+    }
+
+    fn sample(&mut self, call: SampleCall<'_>) {
+        let (count, vocab) = (call.count, call.vocab);
+        expect(call.raw, count * vocab);
+        expect(call.adjusted, count * vocab);
+        expect(call.rows, count * SampleRow::WORDS);
+        expect(call.to, count * SampleCall::WORDS);
+        let isa = self.cpu.isa;
+        // SAFETY: as in `embed_as`.
+        let job = unsafe {
+            sample::Sample {
+                raw: slice(call.raw),
+                adjusted: slice(call.adjusted),
+                count,
+                vocab,
+                rows: slice(call.rows),
+                previous: Shared::of(call.previous),
+                counts: call.counts.map(Shared::of),
+                to: Shared::of(call.to),
+            }
+        };
+        self.run(count * vocab * 4, &|part, parts| sample::sample(isa, &job, part, parts));
+    }
+
+    fn copy_pages(&mut self, pages: &KvPages, pairs: &Buffer, count: usize) {
+        // SAFETY: as in `embed_as`.
+        let pairs = unsafe { &slice::<u32>(pairs)[..2 * count] };
+        by_element!(pages.memory, self.copy_pages_as(pages, pairs))
+    }
+
+    fn zero_rows(&mut self, pages: &KvPages, page: u32, first_row: u32) {
+        by_element!(pages.memory, self.zero_rows_as(pages, page, first_row))
+    }
+}
+
+/// A download that is already there.
+pub(crate) struct Ready(pub(crate) Vec<u8>);
+
+impl Download for Ready {
+    fn ready(&self) -> bool {
+        true
+    }
+
+    fn take(self: Box<Self>) -> Result<Vec<u8>, Error> {
+        Ok(self.0)
+    }
+}
+
+/// # Safety
+/// As for [`slice`].
+pub(crate) unsafe fn read_bytes(buffer: &Buffer) -> Vec<u8> {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match buffer.element().bytes() {
+            2 => slice::<u16>(buffer).iter().flat_map(|value| value.to_ne_bytes()).collect(),
+            _ => slice::<u32>(buffer).iter().flat_map(|value| value.to_ne_bytes()).collect(),
+        }
+    }
+}
+
+/// # Safety
+/// As for [`slice_mut`].
+pub(crate) unsafe fn write_bytes(buffer: &Buffer, bytes: &[u8]) {
+    // SAFETY: by the caller's promise.
+    unsafe {
+        match buffer.element().bytes() {
+            2 => {
+                for (to, from) in slice_mut::<u16>(buffer).iter_mut().zip(bytes.as_chunks::<2>().0) {
+                    *to = u16::from_ne_bytes(*from);
+                }
+            }
+            _ => {
+                for (to, from) in slice_mut::<u32>(buffer).iter_mut().zip(bytes.as_chunks::<4>().0) {
+                    *to = u32::from_ne_bytes(*from);
+                }
+            }
+        }
+    }
+}

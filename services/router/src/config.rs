@@ -1,0 +1,83 @@
+//! What a router is told when it starts.
+
+use std::net::{IpAddr, Ipv4Addr};
+use std::path::PathBuf;
+
+use serde::Serialize;
+use tandem_chassis::config::{ByteSize, HumanDuration};
+
+/// Options of a router.
+#[derive(Clone, Debug, clap::Parser, Serialize)]
+#[command(name = "tandem-router", about = "Tandem's router: an OpenAI-compatible endpoint that places work on workers")]
+pub struct RouterConfig {
+    /// Name in the cluster; by default `router-` and a number drawn at random
+    #[arg(long)]
+    pub id: Option<String>,
+    /// Cluster to join
+    #[arg(long, default_value = "default")]
+    pub cluster: String,
+    /// Address to listen on
+    #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
+    pub bind: IpAddr,
+    /// Host name or address that others reach this router under; by default the bind address
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// Port of the API; 0 takes any free one
+    #[arg(long, default_value_t = 8000)]
+    pub port: u16,
+    /// Port of the admin endpoints; 0 takes any free one
+    #[arg(long, default_value_t = 8001)]
+    pub admin_port: u16,
+    /// etcd to register with, such as http://127.0.0.1:2379
+    #[arg(long)]
+    pub etcd: Option<String>,
+    /// Membership served by a parent process; set by `tandem up --processes`
+    #[arg(long, hide = true)]
+    pub parent: Option<String>,
+    /// Checkpoint directory, for its tokenizer, template and context length
+    #[arg(long)]
+    pub model: Option<PathBuf>,
+    /// Name of the model in the API; by default the directory's name
+    #[arg(long)]
+    pub model_name: Option<String>,
+    /// Context length in tokens, where it is not the checkpoint's
+    #[arg(long)]
+    pub context_tokens: Option<u32>,
+    /// How a request's workers are chosen: least-loaded or round-robin
+    #[arg(long, default_value = "least-loaded")]
+    pub policy: String,
+    /// Requests that may wait for a worker to begin them; more get 503
+    #[arg(long, default_value_t = 256)]
+    pub queue_max: usize,
+    /// Time that a request may take in all
+    #[arg(long, default_value = "600s")]
+    pub request_deadline: HumanDuration,
+    /// Largest request body
+    #[arg(long, default_value = "32MiB")]
+    pub body_max: ByteSize,
+    /// Time that running requests get when the router drains
+    #[arg(long, default_value = "30s")]
+    pub drain_timeout: HumanDuration,
+    /// Logs and traces.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub telemetry: tandem_chassis::telemetry::Options,
+}
+
+impl RouterConfig {
+    /// The defaults, as without any option.
+    pub fn defaults() -> RouterConfig {
+        <RouterConfig as clap::Parser>::parse_from(["tandem-router"])
+    }
+
+    /// What no single option can know.
+    pub fn check(&self) -> Result<(), String> {
+        if self.model.is_none() {
+            return Err("--model DIR is needed: the checkpoint directory whose tokenizer the router uses".into());
+        }
+        if self.queue_max == 0 {
+            return Err("--queue-max must be at least 1".into());
+        }
+        tandem_placement::named(&self.policy).map(|_| ())
+    }
+}

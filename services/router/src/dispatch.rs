@@ -1,0 +1,590 @@
+//! The life of one request on the workers, and every rule about what the router may trust.
+//!
+//! A request goes through rounds. A round places it (prefill, then decode, or one worker for both) and
+//! streams; whatever breaks before the decode leg's own first delta is placed again, in the next round, with
+//! the tokens emitted so far. Deltas are accepted from this round's legs only, each position is delivered
+//! once and in order, and there is exactly one terminal event. Dropping the course drops its legs, and that
+//! cancels them everywhere.
+
+use std::collections::BTreeSet;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use serde_json::json;
+use tandem_chassis::{Shutdown, Tasks, seam};
+use tandem_placement::{Candidate, Policy};
+use tandem_proto::v1::{self, event};
+use tandem_proto::{WireError, convert};
+use tandem_types::{FinishReason, Sampled, Time, Usage, WorkerId};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tracing::Instrument;
+
+use crate::link::{Leg, LegEvent, Link};
+use crate::metrics::Metrics;
+use crate::records::{Record, Records};
+use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, Route};
+use crate::workers::Workers;
+
+/// Work redone after faults: at most this many attempts of a request.
+const FAULTS_MAX: u32 = 3;
+/// Placements that ended in a refusal or preemption before the request is given up as overloaded.
+const PLACEMENTS_MAX: u32 = 64;
+/// How long a request that must be placed again waits for a worker to turn up.
+const WORKER_WAIT: Duration = Duration::from_secs(2);
+/// Tokens that may wait for a client; then its legs are paused.
+const CLIENT_QUEUE: usize = 64;
+/// A client that reads nothing for so long is given up.
+const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
+
+/// Takes requests and sees them through.
+pub struct Dispatcher {
+    workers: Arc<Workers>,
+    policy: Box<dyn Policy>,
+    metrics: Arc<Metrics>,
+    records: Arc<Records>,
+    /// One permit per request that no worker has begun yet.
+    queue: Arc<Semaphore>,
+    queue_max: usize,
+    ordinal: AtomicU64,
+    tasks: Tasks,
+    shutdown: Shutdown,
+}
+
+impl Dispatcher {
+    pub(crate) fn new(
+        workers: Arc<Workers>,
+        policy: Box<dyn Policy>,
+        metrics: Arc<Metrics>,
+        records: Arc<Records>,
+        queue_max: usize,
+        shutdown: Shutdown,
+    ) -> Arc<Dispatcher> {
+        Arc::new(Dispatcher {
+            workers,
+            policy,
+            metrics,
+            records,
+            queue: Arc::new(Semaphore::new(queue_max)),
+            queue_max,
+            ordinal: AtomicU64::new(0),
+            tasks: Tasks::new(),
+            shutdown,
+        })
+    }
+
+    /// Takes a request in, or says why not. Returns at its first event; the rest comes through the
+    /// generation, and dropping that cancels everything at once.
+    pub async fn start(self: &Arc<Self>, request: GenerateRequest) -> Result<Generation, DispatchError> {
+        let taken = self.admit(request);
+        let (course, events) = taken.inspect_err(|error| self.metrics.observe_refusal(error))?;
+        let span = tracing::info_span!("request", request = course.request.name);
+        if let Some(traceparent) = &course.request.traceparent {
+            tandem_chassis::telemetry::set_parent(&span, traceparent);
+        }
+        self.tasks.spawn(course.run().instrument(span));
+        Generation::begin(events).await
+    }
+
+    fn admit(
+        self: &Arc<Self>,
+        request: GenerateRequest,
+    ) -> Result<(Course, mpsc::Receiver<GenerateEvent>), DispatchError> {
+        if self.shutdown.is_draining() {
+            return Err(DispatchError::Draining);
+        }
+        let overloaded = DispatchError::Overloaded { retry_after: Duration::from_secs(1) };
+        let permit = self.queue.clone().try_acquire_owned().map_err(|_| overloaded)?;
+        if self.workers.candidates().1.is_empty() {
+            return Err(self.no_worker());
+        }
+        let (out, events) = mpsc::channel(CLIENT_QUEUE);
+        let record = self.records.begin(&request);
+        self.metrics.request_begins();
+        let course = Course {
+            dispatcher: self.clone(),
+            ordinal: self.ordinal.fetch_add(1, Ordering::Relaxed),
+            request,
+            out,
+            queued: Some(permit),
+            delivered: Vec::new(),
+            cached_tokens: 0,
+            attempt: 0,
+            faults: 0,
+            placements: 0,
+            avoid: BTreeSet::new(),
+            routed: false,
+            first_token: None,
+            last_token: None,
+            record,
+        };
+        Ok((course, events))
+    }
+
+    fn no_worker(&self) -> DispatchError {
+        let known = self.workers.describe().len();
+        DispatchError::NoWorker { message: format!("none of the {known} known workers takes work now") }
+    }
+
+    /// Requests that no worker has begun yet.
+    pub fn waiting(&self) -> usize {
+        self.queue_max - self.queue.available_permits()
+    }
+
+    /// Requests taken in and not over.
+    pub fn running(&self) -> usize {
+        self.tasks.len()
+    }
+
+    /// Waits for running requests, at most this long, then ends them.
+    pub async fn finish(&self, limit: Duration) {
+        self.tasks.shutdown(limit).await;
+    }
+}
+
+/// How a round ended.
+enum Round {
+    /// The answer is complete.
+    Finished(FinishReason),
+    /// Place it again; the worker named is better avoided, and a fault counts.
+    Again { avoid: Option<WorkerId>, fault: bool, why: String },
+    /// The request is over with an error.
+    Broken(DispatchError),
+}
+
+/// One request under way.
+struct Course {
+    dispatcher: Arc<Dispatcher>,
+    ordinal: u64,
+    request: GenerateRequest,
+    out: mpsc::Sender<GenerateEvent>,
+    queued: Option<OwnedSemaphorePermit>,
+    delivered: Vec<Sampled>,
+    cached_tokens: u32,
+    attempt: u32,
+    faults: u32,
+    placements: u32,
+    avoid: BTreeSet<WorkerId>,
+    routed: bool,
+    first_token: Option<Time>,
+    last_token: Option<Time>,
+    record: Arc<Record>,
+}
+
+impl Course {
+    async fn run(mut self) {
+        let out = self.out.clone();
+        let deadline = self.request.deadline;
+        let ended = tokio::select! {
+            ended = self.rounds() => Some(ended),
+            () = seam::sleep_until(deadline) => Some(Err(DispatchError::Deadline)),
+            () = out.closed() => None,
+        };
+        self.queued = None;
+        let usage = Usage {
+            prompt_tokens: self.request.prompt.len() as u32,
+            cached_tokens: self.cached_tokens,
+            output_tokens: self.delivered.len() as u32,
+        };
+        let decoding = self.last_token.unwrap_or_default().since(self.first_token.unwrap_or_default());
+        let metrics = &self.dispatcher.metrics;
+        let event = match ended {
+            None => {
+                self.record.end("the client left");
+                metrics.observe_end(self.request.arrived, decoding, &usage, "abort");
+                return;
+            }
+            Some(Ok(reason)) => {
+                let word = if reason == FinishReason::Length { "length" } else { "stop" };
+                self.record.end(word);
+                metrics.observe_end(self.request.arrived, decoding, &usage, word);
+                GenerateEvent::Finished { reason, usage }
+            }
+            Some(Err(error)) => {
+                tracing::warn!(request = self.request.name, %error, "request failed");
+                self.record.end(&error.to_string());
+                metrics.observe_end(self.request.arrived, decoding, &usage, "error");
+                GenerateEvent::Failed(error)
+            }
+        };
+        let _ = seam::timeout(CLIENT_PATIENCE, self.out.send(event)).await;
+    }
+
+    async fn rounds(&mut self) -> Result<FinishReason, DispatchError> {
+        loop {
+            let (avoid, fault, why) = match self.round().await {
+                Round::Finished(reason) => return Ok(reason),
+                Round::Broken(error) => return Err(error),
+                Round::Again { avoid, fault, why } => (avoid, fault, why),
+            };
+            self.record.note("placed again", json!({ "why": why, "fault": fault }));
+            self.dispatcher.metrics.observe_retry(fault);
+            self.avoid.extend(avoid);
+            self.faults += u32::from(fault);
+            self.placements += 1;
+            if self.faults >= FAULTS_MAX {
+                return Err(DispatchError::WorkerLost { attempts: self.faults, message: why });
+            }
+            if self.placements >= PLACEMENTS_MAX {
+                return Err(DispatchError::Overloaded { retry_after: Duration::from_secs(1) });
+            }
+            self.wait_for_candidates().await?;
+        }
+    }
+
+    /// Until somebody can take it; the workers avoided so far will do if nobody else turns up.
+    async fn wait_for_candidates(&mut self) -> Result<(), DispatchError> {
+        let workers = self.dispatcher.workers.clone();
+        let mut changes = workers.watch();
+        let wait = async {
+            while workers.candidates().1.is_empty() {
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        };
+        let waited = seam::timeout(WORKER_WAIT, wait).await;
+        waited.map_err(|_| self.dispatcher.no_worker())
+    }
+
+    /// Places the request once and streams what comes, until it ends or something breaks.
+    async fn round(&mut self) -> Round {
+        let Some((route, links)) = self.choose() else {
+            return Round::Again { avoid: None, fault: false, why: "no worker takes work now".into() };
+        };
+        let (prefill, decode) = (links[route.prefill].clone(), links[route.decode].clone());
+        let rest = self.request.stop.max_tokens - self.delivered.len() as u32;
+        if prefill.worker == decode.worker || rest == 1 {
+            self.say_route(&prefill.worker, &prefill.worker).await;
+            let leg = match self.open(&prefill, v1::Until::End, None, 0) {
+                Ok(leg) => leg,
+                Err(again) => return again,
+            };
+            return self.stream(leg, None).await;
+        }
+        let mut leg = match self.open(&prefill, v1::Until::FirstToken, None, 0) {
+            Ok(leg) => leg,
+            Err(again) => return again,
+        };
+        let granted_as = self.attempt;
+        let (handle, first) = match self.first_token(&mut leg).await {
+            Ok(pair) => pair,
+            Err(round) => return round,
+        };
+        self.decode(leg, granted_as, handle, first).await
+    }
+
+    /// Waits for the prefill's first token. The lease is in the handle that came before it.
+    async fn first_token(&mut self, leg: &mut Leg) -> Result<(v1::Handle, v1::Delta), Round> {
+        let mut handle = None;
+        loop {
+            match leg.next().await {
+                LegEvent::Worker(event::Event::Granted(granted)) => {
+                    self.begun(granted.cached_tokens);
+                    handle = granted.handle;
+                }
+                LegEvent::Worker(event::Event::Delta(delta)) => {
+                    let Some(handle) = handle else {
+                        let why = format!("{} sent a token before its grant", leg.worker());
+                        return Err(Round::Again { avoid: Some(leg.worker().clone()), fault: true, why });
+                    };
+                    return Ok((handle, delta));
+                }
+                other => return Err(self.broken_before_delta(leg, other)),
+            }
+        }
+    }
+
+    /// Delivers the first token, then finds somebody to go on, as often as the held lease allows.
+    async fn decode(&mut self, mut prefill: Leg, granted_as: u32, handle: v1::Handle, first: v1::Delta) -> Round {
+        let mut target = self.choose_decode(prefill.worker());
+        if let Some(link) = &target {
+            self.say_route(prefill.worker(), &link.worker).await;
+        }
+        if let Err(round) = self.deliver(&first, prefill.worker()).await {
+            return round;
+        }
+        loop {
+            let Some(link) = target else {
+                return Round::Again { avoid: None, fault: false, why: "nobody can decode".into() };
+            };
+            if self.ends_with_last() {
+                // Only the prefill worker reports the end then; no decode leg is needed.
+                return self.stream(prefill, None).await;
+            }
+            let before = self.delivered.len();
+            let round = match self.open(&link, v1::Until::End, Some(handle.clone()), granted_as) {
+                Ok(leg) => self.stream(leg, Some(&mut prefill)).await,
+                Err(round) => round,
+            };
+            let Round::Again { avoid: Some(avoid), fault, why } = round else { return round };
+            let lease_stands = prefill.try_next().is_none();
+            if self.delivered.len() > before || !lease_stands || self.placements >= PLACEMENTS_MAX {
+                return Round::Again { avoid: Some(avoid), fault, why };
+            }
+            // Another decoder from the same lease; nothing is computed again.
+            self.record.note("decode placed again", json!({ "why": why, "fault": fault }));
+            self.dispatcher.metrics.observe_retry(fault);
+            self.faults += u32::from(fault);
+            self.placements += 1;
+            if self.faults >= FAULTS_MAX {
+                return Round::Broken(DispatchError::WorkerLost { attempts: self.faults, message: why });
+            }
+            self.avoid.insert(avoid);
+            target = self.choose_decode(prefill.worker());
+        }
+    }
+
+    /// Streams a leg to its end. `prefill` holds the lease that the leg pulls from; once the leg has sent a
+    /// delta of its own, the lease has done its service.
+    ///
+    /// Until the leg's own first delta everything that breaks is placed again; after it, only preemption is.
+    async fn stream(&mut self, mut leg: Leg, mut prefill: Option<&mut Leg>) -> Round {
+        let mut own_delta = false;
+        loop {
+            let event = tokio::select! {
+                biased;
+                event = leg.next() => event,
+                event = next_of(&mut prefill) => {
+                    match event {
+                        LegEvent::Worker(event::Event::Finished(finished)) => return finish(&finished),
+                        LegEvent::Worker(event::Event::Released(_)) => prefill = None,
+                        // The puller finds out by itself and its word decides: it may hold every byte already.
+                        LegEvent::Worker(_) | LegEvent::Lost(_) => prefill = None,
+                    }
+                    continue;
+                }
+            };
+            match event {
+                LegEvent::Worker(event::Event::Granted(granted)) => self.begun(granted.cached_tokens),
+                LegEvent::Worker(event::Event::Delta(delta)) => {
+                    own_delta = true;
+                    prefill = None;
+                    if let Err(round) = self.deliver(&delta, leg.worker()).await {
+                        return round;
+                    }
+                }
+                LegEvent::Worker(event::Event::Finished(finished)) => return finish(&finished),
+                LegEvent::Worker(event::Event::Preempted(_)) => {
+                    let why = format!("{} preempted it", leg.worker());
+                    return Round::Again { avoid: None, fault: false, why };
+                }
+                other if own_delta => return self.broken_after_delta(&leg, other),
+                other => return self.broken_before_delta(&leg, other),
+            }
+        }
+    }
+
+    /// Hands a delta on: each position once, in order; a different token at a delivered position ends the leg.
+    async fn deliver(&mut self, delta: &v1::Delta, from: &WorkerId) -> Result<(), Round> {
+        self.begun(0);
+        for (i, &token) in delta.tokens.iter().enumerate() {
+            let position = delta.position as usize + i;
+            let sampled = convert::sampled(token, delta.logprobs.get(i));
+            if let Some(known) = self.delivered.get(position) {
+                if known.token != token {
+                    self.dispatcher.metrics.observe_divergence();
+                    tracing::error!(request = self.request.name, worker = %from, position, "a leg diverged");
+                    let why = format!("{from} sent another token at position {position}");
+                    return Err(Round::Again { avoid: Some(from.clone()), fault: true, why });
+                }
+                continue;
+            }
+            if position > self.delivered.len() {
+                let why = format!("{from} left out positions {} to {position}", self.delivered.len());
+                return Err(Round::Again { avoid: Some(from.clone()), fault: true, why });
+            }
+            self.delivered.push(sampled.clone());
+            let now = seam::now();
+            self.first_token.get_or_insert(now);
+            let since = self.last_token.replace(now).unwrap_or(self.request.arrived);
+            self.dispatcher.metrics.observe_token(position == 0, now.since(since));
+            let event = GenerateEvent::Token { position: position as u32, sampled };
+            let sent = seam::timeout(CLIENT_PATIENCE, self.out.send(event)).await;
+            if sent.is_err() {
+                let message = format!("the client has read nothing for {} s", CLIENT_PATIENCE.as_secs());
+                return Err(Round::Broken(DispatchError::SlowClient(message)));
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker has begun: the request leaves the queue.
+    fn begun(&mut self, cached_tokens: u32) {
+        if self.queued.take().is_some() {
+            self.dispatcher.metrics.observe_queue(seam::now().since(self.request.arrived));
+        }
+        if self.delivered.is_empty() {
+            self.cached_tokens = self.cached_tokens.max(cached_tokens);
+        }
+    }
+
+    fn ends_with_last(&self) -> bool {
+        let Some(last) = self.delivered.last() else { return false };
+        let (stop, drawn) = (&self.request.stop, self.delivered.len() as u32);
+        let stops = stop.eos.contains(&last.token) || stop.stop_token_ids.contains(&last.token);
+        drawn >= stop.max_tokens || (stops && drawn > stop.min_tokens)
+    }
+
+    async fn say_route(&mut self, prefill: &WorkerId, decode: &WorkerId) {
+        if !std::mem::replace(&mut self.routed, true) {
+            let route = Route { prefill: prefill.0.clone(), decode: decode.0.clone() };
+            let _ = self.out.send(GenerateEvent::Routed(route)).await;
+        }
+    }
+
+    // ------------------------------------------------------------------ placing
+
+    fn facts(&self) -> tandem_placement::Request {
+        tandem_placement::Request {
+            ordinal: self.ordinal,
+            prompt_tokens: (self.request.prompt.len() + self.delivered.len()) as u32,
+            max_tokens: self.request.stop.max_tokens,
+        }
+    }
+
+    /// Candidates without those avoided, unless nobody else is left.
+    fn candidates(&self) -> (Vec<Arc<Link>>, Vec<Candidate>) {
+        let all = self.dispatcher.workers.candidates();
+        let fresh = all.0.iter().cloned().zip(all.1.iter().cloned());
+        let fresh: (Vec<_>, Vec<_>) = fresh.filter(|(link, _)| !self.avoid.contains(&link.worker)).unzip();
+        if fresh.0.is_empty() { all } else { fresh }
+    }
+
+    fn choose(&self) -> Option<(tandem_placement::Route, Vec<Arc<Link>>)> {
+        let (links, candidates) = self.candidates();
+        let request = self.facts();
+        let route = self.dispatcher.policy.choose(&request, &candidates);
+        let chosen = route.map(|r| json!({ "prefill": links[r.prefill].worker, "decode": links[r.decode].worker }));
+        self.record.note("route", json!({ "request": request, "candidates": candidates, "chosen": chosen }));
+        Some((route?, links))
+    }
+
+    /// Who goes on from the KV at `prefill`. Chosen when it is needed, by the same policy.
+    fn choose_decode(&self, prefill: &WorkerId) -> Option<Arc<Link>> {
+        let (links, candidates) = self.candidates();
+        let at = links.iter().position(|link| link.worker == *prefill);
+        let chosen = self.dispatcher.policy.choose_decode(&self.facts(), &candidates, at);
+        self.record.note("decode", json!({ "candidates": candidates, "chosen": chosen.map(|i| &links[i].worker) }));
+        chosen.map(|index| links[index].clone())
+    }
+
+    /// Sends a Start. With a handle, the tokens are those that the handle stands for.
+    fn open(
+        &mut self,
+        link: &Arc<Link>,
+        until: v1::Until,
+        handle: Option<v1::Handle>,
+        after: u32,
+    ) -> Result<Leg, Round> {
+        self.attempt += 1;
+        let request = &self.request;
+        let now = seam::now();
+        let mut tokens = request.prompt.to_vec();
+        tokens.extend(self.delivered.iter().map(|s| s.token));
+        if let Some(handle) = &handle {
+            tokens.truncate(handle.tokens as usize);
+        }
+        let start = v1::Start {
+            leg: 0,
+            request: convert::id128(request.id.0),
+            choice: request.choice.0,
+            attempt: self.attempt,
+            after,
+            worker_incarnation: 0,
+            epoch: 0,
+            inputs: handle.into_iter().collect(),
+            holders: Vec::new(),
+            until: until as i32,
+            rows_wanted: v1::RowsWanted::None as i32,
+            remaining_ms: request.deadline.remaining(now).as_millis().min(u128::from(u32::MAX)) as u32,
+            class: match request.class {
+                tandem_types::ServiceClass::Online => v1::ServiceClass::Online,
+                tandem_types::ServiceClass::Offline => v1::ServiceClass::Offline,
+            } as i32,
+            tokens,
+            prompt_tokens: request.prompt.len() as u32,
+            sampling: Some((&request.sampling).into()),
+            stop: Some((&request.stop).into()),
+            salt: request.salt.clone().into(),
+            adapter: String::new(),
+            waited_ms: now.since(request.arrived).as_millis().min(u128::from(u32::MAX)) as u32,
+            traceparent: tandem_chassis::telemetry::traceparent_of_current().unwrap_or_default(),
+            request_name: request.name.clone(),
+            ttft_target_ms: None,
+            tpot_target_ms: None,
+        };
+        self.record.note("start", json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }));
+        link.open(start).map_err(|error| Round::Again {
+            avoid: Some(link.worker.clone()),
+            fault: false,
+            why: error.to_string(),
+        })
+    }
+
+    // ------------------------------------------------------------------ what went wrong
+
+    /// Nothing of this leg has reached the client as its own: it can be placed again.
+    fn broken_before_delta(&self, leg: &Leg, event: LegEvent) -> Round {
+        let avoid = Some(leg.worker().clone());
+        match event {
+            LegEvent::Worker(event::Event::Refused(refused)) => {
+                let why = format!("{} refused it: {}", leg.worker(), refused.message);
+                match refused.reason() {
+                    v1::RefuseReason::ContextLength => {
+                        Round::Broken(DispatchError::ContextLength { message: refused.message })
+                    }
+                    v1::RefuseReason::Unsupported => Round::Broken(DispatchError::Unsupported(refused.message)),
+                    v1::RefuseReason::Invalid => Round::Broken(DispatchError::Internal(why)),
+                    _ => Round::Again { avoid, fault: false, why },
+                }
+            }
+            LegEvent::Worker(event::Event::Failed(failed)) => {
+                if failed.reason() == v1::FailReason::Deadline {
+                    return Round::Broken(DispatchError::Deadline);
+                }
+                let why = format!("{} failed: {}", leg.worker(), failed.message);
+                Round::Again { avoid, fault: true, why }
+            }
+            LegEvent::Worker(event::Event::Preempted(_)) => {
+                let why = format!("{} preempted it", leg.worker());
+                Round::Again { avoid: None, fault: false, why }
+            }
+            LegEvent::Lost(why) => Round::Again { avoid, fault: true, why: format!("{}: {why}", leg.worker()) },
+            // Released without our cancel: the lease or the leg ended there.
+            LegEvent::Worker(_) => {
+                let why = format!("{} let go of it", leg.worker());
+                Round::Again { avoid, fault: true, why }
+            }
+        }
+    }
+
+    /// The client has tokens of this leg, and this version cannot move a stream: it ends loudly.
+    fn broken_after_delta(&self, leg: &Leg, event: LegEvent) -> Round {
+        let message = match event {
+            LegEvent::Worker(event::Event::Failed(failed)) if failed.reason() == v1::FailReason::Deadline => {
+                return Round::Broken(DispatchError::Deadline);
+            }
+            LegEvent::Worker(event::Event::Failed(failed)) => failed.message,
+            LegEvent::Lost(why) => why.to_owned(),
+            LegEvent::Worker(_) => "it let go of the request".to_owned(),
+        };
+        let message = format!("{}: {message}", leg.worker());
+        Round::Broken(DispatchError::WorkerLost { attempts: self.faults + 1, message })
+    }
+}
+
+fn finish(finished: &v1::Finished) -> Round {
+    match convert::read_finish(finished) {
+        Ok(reason) => Round::Finished(reason),
+        Err(error @ WireError { .. }) => Round::Broken(DispatchError::Internal(error.to_string())),
+    }
+}
+
+/// The next event of a leg that may not be there: then never.
+async fn next_of(leg: &mut Option<&mut Leg>) -> LegEvent {
+    match leg {
+        Some(leg) => leg.next().await,
+        None => std::future::pending().await,
+    }
+}
