@@ -173,6 +173,24 @@ impl TestCluster {
         }
     }
 
+    /// Workers added from now on have this fake engine.
+    pub fn set_fake(&mut self, spec: &str) {
+        self.spec.fake = Some(spec.parse().expect("a fake engine's spec"));
+    }
+
+    /// Ends a cluster with a worker whose step never ends: its requests are cut.
+    pub async fn close_hung(self) {
+        self.router_end.drain();
+        self.router.join().await;
+        for worker in &self.workers {
+            worker.shutdown.drain();
+            worker.shutdown.stop();
+        }
+        for worker in self.workers {
+            worker.running.join().await;
+        }
+    }
+
     /// Ends it in order and waits.
     pub async fn close(self) {
         self.router_end.drain();

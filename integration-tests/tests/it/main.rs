@@ -1,0 +1,24 @@
+//! The integration tests: one binary, a tree of modules.
+//!
+//! - `walking`: requests through the public door of a cluster in this process
+//! - `equality`: hand-offs change no bit
+//! - `leaks`: nothing is held after the last request, whatever was cancelled
+//! - `faults`: workers that die, fail, refuse and come back
+//! - `references`: checkpoints agree with their references through the API
+//! - `broken`: checkpoints that cannot be served are refused by naming the fact
+//! - `operating`: admin endpoints, metrics, roles, cordon and drain
+//! - `processes`: real processes, started by the real `tandem up`
+//! - `etcd`: the same over a real etcd server
+//! - `openai`: the openai Python package, unmodified
+
+mod broken;
+mod equality;
+mod etcd;
+mod faults;
+mod leaks;
+mod openai;
+mod operating;
+mod processes;
+mod references;
+mod support;
+mod walking;
