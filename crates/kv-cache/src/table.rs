@@ -44,6 +44,11 @@ impl Table {
         self.groups[0].len() as u32 * BLOCK_TOKENS
     }
 
+    /// Lets go of a table whose cache goes with it.
+    pub fn abandon(mut self) {
+        self.closed = true;
+    }
+
     /// The pages, for somebody else to give back.
     pub(crate) fn into_pages(mut self) -> Vec<Vec<PageRef>> {
         self.closed = true;

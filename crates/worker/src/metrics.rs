@@ -49,6 +49,15 @@ impl Metrics {
             .gauge("tandem_kernel_info", "the kernels chosen for this processor; always 1", &[])
             .with_label_values::<&str>(&[])
             .set(1);
+        let success = vllm.counter(
+            "vllm:request_success_total",
+            "legs that ended an answer, by finish reason",
+            &["finished_reason"],
+        );
+        // Both series from the start: a dashboard's rate needs a zero to rise from.
+        for reason in ["stop", "length"] {
+            success.with_label_values(&[reason]);
+        }
         Metrics {
             running: vllm.gauge("vllm:num_requests_running", "sequences in the batch", &[]),
             waiting: vllm.gauge("vllm:num_requests_waiting", "sequences not yet admitted", &[]),
@@ -64,11 +73,7 @@ impl Metrics {
             prompt_tokens: vllm.counter("vllm:prompt_tokens_total", "prompt tokens computed", &[]),
             generation_tokens: vllm.counter("vllm:generation_tokens_total", "tokens drawn", &[]),
             preemptions: vllm.counter("vllm:num_preemptions_total", "sequences taken out to make room", &[]),
-            success: vllm.counter(
-                "vllm:request_success_total",
-                "legs that ended an answer, by finish reason",
-                &["finished_reason"],
-            ),
+            success,
             first_token: vllm.histogram(
                 "vllm:time_to_first_token_seconds",
                 "from a Start to its first token here",

@@ -6,6 +6,7 @@
 use std::env;
 use std::process::ExitCode;
 
+mod protoc;
 mod test;
 mod tidy;
 mod tools;
@@ -17,6 +18,9 @@ const COMMANDS: &[&str] = &["up", "test", "tidy", "protoc-path", "help"];
 fn main() -> ExitCode {
     let arguments: Vec<String> =
         env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()).collect();
+    if protoc::is_protoc_call(&arguments) {
+        return protoc::run(&arguments);
+    }
     match run(&arguments) {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {

@@ -71,6 +71,7 @@ fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again()
         assert_eq!(seen["workers"].as_array().map(Vec::len), Some(4), "{seen:#}");
         assert_eq!(seen["routers"].as_array().map(Vec::len), Some(1), "{seen:#}");
         all_succeed(&cluster, "qwen3", 20).await;
+        let mut started_again = Vec::new();
         for victim in ["decode-0", "prefill-1"] {
             let state = cluster.kill(victim).await;
             seam::sleep(Duration::from_secs(1)).await;
@@ -78,7 +79,7 @@ fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again()
 
             let command: Vec<String> = serde_json::from_value(state["command"].clone()).expect("a list");
             assert!(command[0].starts_with('/'), "{command:?}");
-            let mut again = Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again");
+            started_again.push(Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again"));
             cluster
                 .wait_for("the worker is back as another incarnation", |rows| {
                     ready(rows) == 4
@@ -90,6 +91,8 @@ fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again()
             assert_eq!(legs["state"], "ready");
             let served = metric(&cluster, victim, "tandem_legs_total").await;
             assert!(served > 0.0, "it takes work again");
+        }
+        for mut again in started_again {
             again.kill().expect("it is ours");
             again.wait().expect("it is ours");
         }

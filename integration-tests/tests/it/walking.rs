@@ -66,7 +66,7 @@ fn streams_say_what_whole_answers_say() {
 fn stop_strings_end_an_answer_and_free_the_workers() {
     run(async {
         let cluster = TestCluster::start(Spec::of(tiny())).await;
-        let plain = json!({ "max_tokens": 200, "temperature": 0, "ignore_eos": true });
+        let plain = json!({ "max_tokens": 200, "temperature": 1, "seed": 5, "ignore_eos": true });
         let whole = cluster.api.post("/v1/chat/completions", &chat(&cluster.model, plain.clone())).await;
         let text = whole.json["choices"][0]["message"]["content"].as_str().expect("text").to_owned();
         // Some piece of the middle that does not occur earlier.
@@ -90,17 +90,19 @@ fn stop_strings_end_an_answer_and_free_the_workers() {
 fn end_of_sequence_and_stop_tokens_end_an_answer_where_they_are_drawn() {
     run(async {
         let cluster = TestCluster::start(Spec::of(tiny())).await;
-        let all = cluster.api.complete(&cluster.model, &[5, 6, 7], json!({ "max_tokens": 30 })).await.token_ids();
+        let complete = async |extra: Value| {
+            let mut drawn = json!({ "max_tokens": 30, "temperature": 1, "seed": 11 });
+            drawn.as_object_mut().expect("an object").extend(extra.as_object().expect("an object").clone());
+            cluster.api.complete(&cluster.model, &[5, 6, 7], drawn).await
+        };
+        let all = complete(json!({})).await.token_ids();
         let (at, stop) = all.iter().enumerate().skip(4).find(|(i, t)| !all[..*i].contains(t)).expect("a new one");
-        let extra = json!({ "max_tokens": 30, "stop_token_ids": [stop] });
-        let stopped = cluster.api.complete(&cluster.model, &[5, 6, 7], extra).await;
+        let stopped = complete(json!({ "stop_token_ids": [stop] })).await;
         assert_eq!(stopped.token_ids(), all[..=at]);
         assert_eq!(stopped.json["choices"][0]["stop_reason"], json!(stop));
-        let extra = json!({ "max_tokens": 30, "stop_token_ids": [all[0]] });
-        let first = cluster.api.complete(&cluster.model, &[5, 6, 7], extra).await;
+        let first = complete(json!({ "stop_token_ids": [all[0]] })).await;
         assert_eq!(first.token_ids(), all[..1], "the prefill worker ends it alone");
-        let extra = json!({ "max_tokens": 30, "stop_token_ids": [stop], "min_tokens": 20 });
-        let later = cluster.api.complete(&cluster.model, &[5, 6, 7], extra).await.token_ids();
+        let later = complete(json!({ "stop_token_ids": [stop], "min_tokens": 20 })).await.token_ids();
         assert!(later.len() >= 20 && !later[..20].contains(stop), "{later:?}");
         cluster.wait_until_idle().await;
         cluster.close().await;

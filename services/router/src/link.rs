@@ -192,8 +192,10 @@ impl Link {
             let began = seam::now();
             tokio::select! {
                 why = self.serve() => {
-                    self.lose(&why);
-                    tracing::warn!(worker = %self.worker, why, "session with worker ended");
+                    // Said once; that it cannot be opened again is what `/admin/cluster` shows.
+                    if self.lose(&why) {
+                        tracing::warn!(worker = %self.worker, why, "session with worker ended");
+                    }
                 }
                 () = shutdown.stopped() => break,
                 _ = gone.wait_for(|gone| *gone) => break,
@@ -389,9 +391,10 @@ impl Link {
         }
     }
 
-    fn lose(&self, why: &str) {
+    /// Every leg hears that it is lost. True if there was a session.
+    fn lose(&self, why: &str) -> bool {
         let mut state = self.lock();
-        state.outbound = None;
+        let was_open = state.outbound.take().is_some();
         state.trouble = why.to_owned();
         state.leases.clear();
         for (_, leg) in std::mem::take(&mut state.legs) {
@@ -399,6 +402,7 @@ impl Link {
         }
         drop(state);
         self.announce();
+        was_open
     }
 
     fn announce(&self) {

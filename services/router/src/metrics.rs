@@ -32,6 +32,15 @@ impl Metrics {
         let registry = Registry::new();
         let vllm = registry.with_label("model_name", model);
         let ours = registry.with_label("model", model);
+        let success = vllm.counter(
+            "vllm:request_success_total",
+            "requests that ended well, by finish reason",
+            &["finished_reason"],
+        );
+        // Both series from the start: a dashboard's rate needs a zero to rise from.
+        for reason in ["stop", "length"] {
+            success.with_label_values(&[reason]);
+        }
         Metrics {
             running: vllm.gauge("vllm:num_requests_running", "requests taken in and not over", &[]),
             waiting: vllm.gauge("vllm:num_requests_waiting", "requests that no worker has begun", &[]),
@@ -67,11 +76,7 @@ impl Metrics {
             ),
             prompt_tokens: vllm.counter("vllm:prompt_tokens_total", "prompt tokens of requests that ended", &[]),
             generation_tokens: vllm.counter("vllm:generation_tokens_total", "tokens delivered", &[]),
-            success: vllm.counter(
-                "vllm:request_success_total",
-                "requests that ended well, by finish reason",
-                &["finished_reason"],
-            ),
+            success,
             requests: ours.counter("tandem_requests_total", "requests by how they ended", &["code"]),
             shed: ours.counter("tandem_requests_shed_total", "requests refused at the door", &["reason"]),
             retried: ours.counter("tandem_requests_retried_total", "placements done again", &["reason"]),
