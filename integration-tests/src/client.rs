@@ -64,7 +64,8 @@ impl Client {
 
     /// POST of JSON; an error if the connection breaks.
     pub async fn try_post(&self, path: &str, body: &Value) -> Result<Answer, String> {
-        let request = Request::post(format!("{}{path}", self.base)).header("content-type", "application/json");
+        let request =
+            Request::post(format!("{}{path}", self.base)).header("content-type", "application/json");
         self.whole(request, body.to_string().into()).await
     }
 

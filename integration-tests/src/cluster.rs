@@ -120,7 +120,8 @@ impl TestCluster {
         let (api, admin) = (Client::new(router.api), Client::new(router.admin));
         let model = api.get("/v1/models").await.json["data"][0]["id"].as_str().expect("a model").to_owned();
         let address = router.api;
-        let cluster = TestCluster { api, admin, address, model, workers, spec, membership, router, router_end };
+        let cluster =
+            TestCluster { api, admin, address, model, workers, spec, membership, router, router_end };
         cluster.wait_for("every worker is ready", |rows| ready(rows) == cluster.workers.len()).await;
         cluster
     }

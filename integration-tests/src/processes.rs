@@ -63,7 +63,8 @@ impl ProcessCluster {
         drop(reader);
         let greeting = tokio::task::spawn_blocking(move || {
             let limit = Duration::from_secs(60);
-            std::iter::from_fn(|| lines.recv_timeout(limit).ok()).find(|line| line.starts_with("Tandem serves"))
+            std::iter::from_fn(|| lines.recv_timeout(limit).ok())
+                .find(|line| line.starts_with("Tandem serves"))
         });
         let greeting = greeting.await.expect("the reader lives").expect("`tandem up` greets");
         let (address, admin_address) = addresses(&greeting);
@@ -75,7 +76,8 @@ impl ProcessCluster {
     pub async fn state_of(&self, worker: &str) -> Value {
         let cluster = self.admin.get("/admin/cluster").await.json;
         let rows = cluster["workers"].as_array().cloned().unwrap_or_default();
-        let row = rows.iter().find(|row| row["id"] == worker).unwrap_or_else(|| panic!("no {worker}: {cluster:#}"));
+        let row =
+            rows.iter().find(|row| row["id"] == worker).unwrap_or_else(|| panic!("no {worker}: {cluster:#}"));
         let admin = row["admin"].as_str().and_then(|a| a.parse().ok()).expect("an address");
         Client::new(admin).get("/admin/state").await.json
     }

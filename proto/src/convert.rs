@@ -34,8 +34,9 @@ pub fn id128(value: u128) -> prost::bytes::Bytes {
 
 /// Reads what [`id128`] wrote.
 pub fn read_id128(field: &'static str, bytes: &[u8]) -> Result<u128, WireError> {
-    let bytes: [u8; 16] =
-        bytes.try_into().map_err(|_| WireError::new(field, format!("{} bytes instead of 16", bytes.len())))?;
+    let bytes: [u8; 16] = bytes
+        .try_into()
+        .map_err(|_| WireError::new(field, format!("{} bytes instead of 16", bytes.len())))?;
     Ok(u128::from_be_bytes(bytes))
 }
 

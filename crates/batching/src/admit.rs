@@ -32,7 +32,8 @@ impl Batcher {
     }
 
     fn by_age(&self, keep: impl Fn(&crate::sequence::Sequence) -> bool) -> Vec<SequenceId> {
-        let mut ids: Vec<_> = self.sequences.values().filter(|s| keep(s)).map(|s| (s.age(), s.spec.id)).collect();
+        let mut ids: Vec<_> =
+            self.sequences.values().filter(|s| keep(s)).map(|s| (s.age(), s.spec.id)).collect();
         ids.sort_unstable();
         ids.into_iter().map(|(_, id)| id).collect()
     }

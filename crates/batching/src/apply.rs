@@ -32,7 +32,8 @@ impl Batcher {
     fn land(&mut self, plan: u64, kv: &mut KvCache, now: Time) -> Flight {
         let flight = self.in_flight.pop_front().expect("an outcome follows a plan");
         assert_eq!(flight.id, plan, "plans are collected in order");
-        let (done, kept) = std::mem::take(&mut self.graveyard).into_iter().partition(|(last, _)| *last <= plan);
+        let (done, kept) =
+            std::mem::take(&mut self.graveyard).into_iter().partition(|(last, _)| *last <= plan);
         self.graveyard = kept;
         let done: Vec<_> = done;
         for (_, table) in done {

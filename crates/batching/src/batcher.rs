@@ -28,14 +28,6 @@ impl Default for Config {
     }
 }
 
-impl Drop for Batcher {
-    /// A batcher goes together with the cache that its tables are of.
-    fn drop(&mut self) {
-        let tables = self.sequences.values_mut().filter_map(|sequence| sequence.table.take());
-        tables.chain(self.graveyard.drain(..).map(|(_, table)| table)).for_each(Table::abandon);
-    }
-}
-
 /// What happened to a sequence. `Finished`, `Preempted`, `Rejected` and `Failed` are its last.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Event {

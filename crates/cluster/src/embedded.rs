@@ -209,7 +209,8 @@ impl Store for Memory {
 
     async fn transact(&self, conditions: Vec<Condition>, changes: Vec<Change>) -> Result<bool, StoreError> {
         self.with(|state, _| {
-            let holds = |c: &Condition| state.values.get(&c.key).map_or(0, |entry| entry.revision) == c.revision;
+            let holds =
+                |c: &Condition| state.values.get(&c.key).map_or(0, |entry| entry.revision) == c.revision;
             let alive = |c: &Change| c.registration == 0 || state.registrations.contains_key(&c.registration);
             if !changes.iter().all(alive) {
                 return Err("the registration has ended".to_owned());

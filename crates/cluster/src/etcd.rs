@@ -34,7 +34,9 @@ impl Etcd {
             .map_err(|e| unreachable(e.to_string()))?;
         // A lazy connection says nothing: ask once, so that a wrong address is told at once.
         let status = seam::timeout(Duration::from_secs(5), client.status()).await;
-        status.map_err(|_| unreachable("no answer in 5 s".into()))?.map_err(|e| unreachable(e.to_string()))?;
+        status
+            .map_err(|_| unreachable("no answer in 5 s".into()))?
+            .map_err(|e| unreachable(e.to_string()))?;
         Ok(Etcd { member: Member::new(EtcdStore { url: url.to_owned(), client }, cluster) })
     }
 }
@@ -75,9 +77,8 @@ impl Store for EtcdStore {
     }
 
     async fn transact(&self, conditions: Vec<Condition>, changes: Vec<Change>) -> Result<bool, StoreError> {
-        let compares = conditions
-            .into_iter()
-            .map(|c| Compare::mod_revision(c.key, CompareOp::Equal, c.revision as i64));
+        let compares =
+            conditions.into_iter().map(|c| Compare::mod_revision(c.key, CompareOp::Equal, c.revision as i64));
         let operations = changes.into_iter().map(|c| match c.value {
             Some(value) if c.registration != 0 => {
                 let options = PutOptions::new().with_lease(c.registration as i64);

@@ -43,7 +43,12 @@ impl Keys {
     }
 
     /// The view that these values amount to. What cannot be read is left out, and said in the log.
-    pub(crate) fn view(&self, values: &BTreeMap<String, (Vec<u8>, u64)>, revision: u64, connected: bool) -> View {
+    pub(crate) fn view(
+        &self,
+        values: &BTreeMap<String, (Vec<u8>, u64)>,
+        revision: u64,
+        connected: bool,
+    ) -> View {
         let mut view = View { revision, connected, ..View::default() };
         for (key, (value, _)) in values {
             let Some(path) = key.strip_prefix(&self.prefix) else { continue };

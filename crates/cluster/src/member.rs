@@ -379,7 +379,11 @@ macro_rules! membership_by {
                 self.$field.watch()
             }
 
-            async fn order_role(&self, worker: &str, order: crate::RoleOrder) -> Result<(), crate::RoleError> {
+            async fn order_role(
+                &self,
+                worker: &str,
+                order: crate::RoleOrder,
+            ) -> Result<(), crate::RoleError> {
                 self.$field.order_role(worker, order).await
             }
 

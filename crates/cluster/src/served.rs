@@ -14,10 +14,10 @@ use tokio_stream::wrappers::ReceiverStream;
 use tonic::transport::{Channel, Endpoint};
 use tonic::{Request, Response, Status};
 
+use crate::Error;
 use crate::embedded::{Embedded, Memory};
 use crate::member::{Member, membership_by};
 use crate::store::{Change, Condition, News, Store, StoreError};
-use crate::Error;
 
 /// A cluster that a parent process keeps.
 pub struct Served {
@@ -78,7 +78,11 @@ impl Store for Remote {
                 .collect(),
             changes: changes
                 .into_iter()
-                .map(|c| v1::Change { key: c.key, value: c.value.map(Into::into), registration: c.registration })
+                .map(|c| v1::Change {
+                    key: c.key,
+                    value: c.value.map(Into::into),
+                    registration: c.registration,
+                })
                 .collect(),
         };
         Ok(self.client.clone().transact(request).await.map_err(said)?.into_inner().applied)
@@ -97,8 +101,7 @@ impl Store for Remote {
                 };
                 let Ok(Some(event)) = event else { return };
                 let keys = event.keys.into_iter().map(|k| (k.key, k.value.map(|v| v.to_vec()), k.revision));
-                let news =
-                    News { snapshot: event.snapshot, revision: event.revision, keys: keys.collect() };
+                let news = News { snapshot: event.snapshot, revision: event.revision, keys: keys.collect() };
                 if send.send(news).await.is_err() {
                     return;
                 }

@@ -106,7 +106,8 @@ fn draw(
     let Some(top) = sampling.logprobs else { return Sampled { token, logprob: None, top: Vec::new() } };
     // Plausible and reproducible: the drawn token first, each further one half as likely.
     let first = -((base % 997) as f32 + 1.0) / 1000.0;
-    let rest = (1..u64::from(top)).map(|rank| (ranked(rank + 64), first - rank as f32 * std::f32::consts::LN_2));
+    let rest =
+        (1..u64::from(top)).map(|rank| (ranked(rank + 64), first - rank as f32 * std::f32::consts::LN_2));
     let top = if top == 0 { Vec::new() } else { std::iter::once((token, first)).chain(rest).collect() };
     Sampled { token, logprob: Some(first), top }
 }
@@ -169,7 +170,15 @@ impl Fake {
             kernel: "fake".into(),
         };
         let region = Arc::new(region);
-        Ok(Fake { spec, ordinary, facts, region, slots: BTreeMap::new(), in_flight: VecDeque::new(), steps: 0 })
+        Ok(Fake {
+            spec,
+            ordinary,
+            facts,
+            region,
+            slots: BTreeMap::new(),
+            in_flight: VecDeque::new(),
+            steps: 0,
+        })
     }
 
     fn word_at(&self, pages: &[u32], position: u32) -> usize {
@@ -231,7 +240,9 @@ impl Fake {
     fn time(&self, plan: &Plan) -> Duration {
         let prompt_of = |row: &Row| {
             let opened = plan.open.iter().find(|open| open.slot == row.slot);
-            opened.or_else(|| self.slots.get(&row.slot).map(|slot| &slot.open)).map_or(0, |open| open.prompt_tokens)
+            opened
+                .or_else(|| self.slots.get(&row.slot).map(|slot| &slot.open))
+                .map_or(0, |open| open.prompt_tokens)
         };
         let ends_a_prompt = plan.rows.iter().any(|row| row.sample && row.start < prompt_of(row));
         self.spec.step_time(&plan.rows, ends_a_prompt)

@@ -244,7 +244,11 @@ impl KvCache {
     ) -> Result<(), GrantError> {
         let blocks = blocks_for(tokens);
         if !self.can_grant(0, blocks) {
-            return Err(GrantError::Cap { leased: self.leases.blocks, cap: self.lease_cap(), wanted: blocks });
+            return Err(GrantError::Cap {
+                leased: self.leases.blocks,
+                cap: self.lease_cap(),
+                wanted: blocks,
+            });
         }
         let mut pages = Vec::with_capacity(table.groups.len());
         for (group, list) in table.groups.iter().enumerate() {
@@ -408,9 +412,11 @@ impl KvCache {
             self.unfollow(claim, now);
             return Verdict::Held;
         }
-        let unchanged = lease.pages.iter().enumerate().all(|(group, list)| {
-            list.iter().all(|&page| self.pool.is_current(group as u32, page))
-        });
+        let unchanged = lease
+            .pages
+            .iter()
+            .enumerate()
+            .all(|(group, list)| list.iter().all(|&page| self.pool.is_current(group as u32, page)));
         if lease.sealed.is_none() || !unchanged || lease.expires <= now {
             return Verdict::Lost;
         }
@@ -427,7 +433,7 @@ impl KvCache {
         let lease = &self.leases.live[&id];
         let tokens = lease.tokens;
         let bundle = lease.sealed.clone().ok_or(AdoptError::NotSealed)?;
-        if tokens % tandem_types::BLOCK_TOKENS != 0 {
+        if !tokens.is_multiple_of(tandem_types::BLOCK_TOKENS) {
             let shared = lease.pages.iter().enumerate().any(|(group, list)| {
                 let last: At = (group as u32, list.last().expect("a lease has pages").page);
                 self.pool.refs(last) > 1

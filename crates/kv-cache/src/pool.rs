@@ -58,7 +58,12 @@ impl Pool {
             free: (0..pages).rev().collect(),
             ..Group::default()
         };
-        Pool { groups: (0..groups).map(|_| group()).collect(), holds: BTreeMap::new(), next_hold: 1, next_stamp: 1 }
+        Pool {
+            groups: (0..groups).map(|_| group()).collect(),
+            holds: BTreeMap::new(),
+            next_hold: 1,
+            next_stamp: 1,
+        }
     }
 
     pub(crate) fn groups(&self) -> u32 {
@@ -73,7 +78,8 @@ impl Pool {
     /// Blocks by the fullest group: groups are used in step, one page of each per block.
     pub(crate) fn counts(&self) -> Counts {
         let group = &self.groups[0];
-        let (total, free, cached) = (group.pages.len() as u32, group.free.len() as u32, group.idle.len() as u32);
+        let (total, free, cached) =
+            (group.pages.len() as u32, group.free.len() as u32, group.idle.len() as u32);
         Counts { total, free, cached, in_use: total - free - cached }
     }
 
@@ -100,7 +106,9 @@ impl Pool {
         let g = &mut self.groups[group as usize];
         let p = &mut g.pages[page as usize];
         if p.refs == 0 {
-            g.idle.remove(&p.stamp).expect("a page without references is idle or free, and free ones are taken");
+            g.idle
+                .remove(&p.stamp)
+                .expect("a page without references is idle or free, and free ones are taken");
         }
         p.refs += 1;
         PageRef { page, generation: p.generation }
@@ -151,7 +159,14 @@ impl Pool {
     }
 
     pub(crate) fn hold(&mut self, pages: impl Iterator<Item = At>) -> HoldId {
-        let pages: Vec<At> = pages.inspect(|&at| assert!(self.groups[at.0 as usize].pages[at.1 as usize].refs > 0, "only pages in use can be held")).collect();
+        let pages: Vec<At> = pages
+            .inspect(|&at| {
+                assert!(
+                    self.groups[at.0 as usize].pages[at.1 as usize].refs > 0,
+                    "only pages in use can be held"
+                )
+            })
+            .collect();
         for &at in &pages {
             self.add_ref(at);
         }
@@ -174,11 +189,19 @@ impl Pool {
             let idle = group.pages.iter().filter(|p| p.refs == 0 && p.hash.is_some()).count();
             let sum = used + idle + group.free.len();
             assert_eq!(idle, group.idle.len(), "group {number}: the idle list is not the idle pages");
-            assert_eq!(sum, group.pages.len(), "group {number}: used, cached and free pages are not all pages");
+            assert_eq!(
+                sum,
+                group.pages.len(),
+                "group {number}: used, cached and free pages are not all pages"
+            );
             let hashed = group.pages.iter().filter(|p| p.hash.is_some()).count();
             assert_eq!(hashed, group.index.len(), "group {number}: the index does not name the cached pages");
             for (hash, &page) in &group.index {
-                assert_eq!(group.pages[page as usize].hash, Some(*hash), "group {number}: page {page} is misnamed");
+                assert_eq!(
+                    group.pages[page as usize].hash,
+                    Some(*hash),
+                    "group {number}: page {page} is misnamed"
+                );
             }
         }
         let held: usize = self.holds.values().map(Vec::len).sum();

@@ -179,7 +179,11 @@ impl Puller {
                     return;
                 }
                 let unreachable = self.claim.is_none();
-                return self.give_up(if unreachable { GiveUp::OwnerUnreachable(why) } else { GiveUp::Lost(why) });
+                return self.give_up(if unreachable {
+                    GiveUp::OwnerUnreachable(why)
+                } else {
+                    GiveUp::Lost(why)
+                });
             }
             PullEvent::Deadline => return self.give_up(GiveUp::Deadline),
         }

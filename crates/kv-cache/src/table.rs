@@ -21,12 +21,11 @@ pub struct Table {
     pub(crate) groups: Vec<Vec<PageRef>>,
     /// Leading blocks that the prefix cache has been told of.
     published: u32,
-    closed: bool,
 }
 
 impl Table {
     pub(crate) fn of(groups: Vec<Vec<PageRef>>) -> Table {
-        Table { groups, published: 0, closed: false }
+        Table { groups, published: 0 }
     }
 
     /// Pages of a group, in order from the sequence's first block.
@@ -44,23 +43,9 @@ impl Table {
         self.groups[0].len() as u32 * BLOCK_TOKENS
     }
 
-    /// Lets go of a table whose cache goes with it.
-    pub fn abandon(mut self) {
-        self.closed = true;
-    }
-
     /// The pages, for somebody else to give back.
-    pub(crate) fn into_pages(mut self) -> Vec<Vec<PageRef>> {
-        self.closed = true;
-        std::mem::take(&mut self.groups)
-    }
-}
-
-impl Drop for Table {
-    fn drop(&mut self) {
-        if !self.closed && !std::thread::panicking() {
-            debug_assert!(false, "a table was dropped and not closed: its pages are lost");
-        }
+    pub(crate) fn into_pages(self) -> Vec<Vec<PageRef>> {
+        self.groups
     }
 }
 
@@ -72,7 +57,8 @@ impl KvCache {
             return 0;
         }
         let most = (known_tokens.saturating_sub(1) / BLOCK_TOKENS) as usize;
-        let held = |hash: &&BlockHash| (0..self.pool.groups()).all(|group| self.pool.find(group, **hash).is_some());
+        let held =
+            |hash: &&BlockHash| (0..self.pool.groups()).all(|group| self.pool.find(group, **hash).is_some());
         hashes.iter().take(most).take_while(held).count() as u32 * BLOCK_TOKENS
     }
 

@@ -44,7 +44,11 @@ impl Gate for TestGate {
 impl TestGate {
     fn set(&self, claim: ClaimId, open: bool) {
         let mut claims = self.open.lock().expect("unpoisoned");
-        if open { claims.insert(claim.0) } else { claims.remove(&claim.0) };
+        if open {
+            claims.insert(claim.0)
+        } else {
+            claims.remove(&claim.0)
+        };
     }
 }
 
@@ -65,7 +69,8 @@ impl Bench {
         let gate = Arc::new(TestGate::default());
         gate.set(CLAIM, true);
         let bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        let exported = (row.make)().export(remote.clone(), gate.clone(), OWNER, bind).await.expect("it exports");
+        let exported =
+            (row.make)().export(remote.clone(), gate.clone(), OWNER, bind).await.expect("it exports");
         Bench { row, gate, exported, remote }
     }
 
@@ -125,10 +130,18 @@ async fn sizes_and_batches(row: &'static Row) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let many: Vec<(u64, u64)> = (0..2000).map(|i| (i * 4000, 1 + i % 1500)).collect();
-    for ranges in [vec![(0, 1)], vec![(5, 0)], vec![(1, 4095), (8000, 3)], vec![(0, REGION as u64)], many, vec![]] {
+    for ranges in
+        [vec![(0, 1)], vec![(5, 0)], vec![(1, 4095), (8000, 3)], vec![(0, REGION as u64)], many, vec![]]
+    {
         let local = local();
         let done = peer.pull(pull(&ranges, &local)).await;
-        assert_eq!(done.bytes, Ok(ranges.iter().map(|r| r.1).sum::<u64>()), "{}: {} ranges", row.name, ranges.len());
+        assert_eq!(
+            done.bytes,
+            Ok(ranges.iter().map(|r| r.1).sum::<u64>()),
+            "{}: {} ranges",
+            row.name,
+            ranges.len()
+        );
         assert!(matches!(done.buffers, Buffers::Reusable));
         assert!(holds(&local, &ranges), "{}: the bytes are those of the owner", row.name);
     }
@@ -162,7 +175,12 @@ async fn what_is_outside_is_refused(row: &'static Row) {
     let mut uneven = pull(&[(0, 10)], &local);
     uneven.local_offsets.clear();
     assert!(matches!(peer.pull(uneven).await.bytes, Err(PullError::Invalid(_))));
-    assert_eq!(peer.pull(pull(&[(0, 10)], &local)).await.bytes, Ok(10), "{}: the peer is still good", row.name);
+    assert_eq!(
+        peer.pull(pull(&[(0, 10)], &local)).await.bytes,
+        Ok(10),
+        "{}: the peer is still good",
+        row.name
+    );
 }
 
 async fn a_claim_that_does_not_stand_brings_nothing(row: &'static Row) {
@@ -186,7 +204,12 @@ async fn a_claim_may_end_midway(row: &'static Row) {
     bench.gate.set(CLAIM, false);
     assert_eq!(peer.pull(pull(&[(100, 100)], &local)).await.bytes, Err(PullError::Denied));
     bench.gate.set(CLAIM, true);
-    assert_eq!(peer.pull(pull(&[(100, 100)], &local)).await.bytes, Ok(100), "{}: a refusal is no end", row.name);
+    assert_eq!(
+        peer.pull(pull(&[(100, 100)], &local)).await.bytes,
+        Ok(100),
+        "{}: a refusal is no end",
+        row.name
+    );
 }
 
 async fn a_stale_export_is_told_apart(row: &'static Row) {
@@ -230,7 +253,12 @@ async fn a_dropped_pull_writes_nothing_more(row: &'static Row) {
     }
     // Another pull over the same peer, so that a late writer would have had its chance.
     let other = self::local();
-    assert_eq!(peer.pull(pull(&[(0, 1000)], &other)).await.bytes, Ok(1000), "{}: the peer is still good", row.name);
+    assert_eq!(
+        peer.pull(pull(&[(0, 1000)], &other)).await.bytes,
+        Ok(1000),
+        "{}: the peer is still good",
+        row.name
+    );
     // SAFETY: as above.
     assert!(unsafe { local.slice(0, REGION) }.iter().all(|&byte| byte == 1), "{}: a late write", row.name);
 }
@@ -251,8 +279,17 @@ async fn a_passed_deadline_is_said(row: &'static Row) {
     late.deadline = seam::now();
     let done = peer.pull(late).await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}", row.name);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: quarantine is for backends that cannot stop", row.name);
-    assert_eq!(peer.pull(pull(&[(0, 10)], &local)).await.bytes, Ok(10), "{}: the peer is still good", row.name);
+    assert!(
+        matches!(done.buffers, Buffers::Reusable),
+        "{}: quarantine is for backends that cannot stop",
+        row.name
+    );
+    assert_eq!(
+        peer.pull(pull(&[(0, 10)], &local)).await.bytes,
+        Ok(10),
+        "{}: the peer is still good",
+        row.name
+    );
 }
 
 async fn garbage_is_not_an_export(row: &'static Row) {

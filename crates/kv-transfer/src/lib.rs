@@ -227,7 +227,9 @@ fn check(pull: &Pull, remote_len: u64) -> Result<u64, PullError> {
         let inside = range.offset.checked_add(range.len).is_some_and(|end| end <= remote_len);
         if !inside || !pull.local.contains(local, range.len) {
             let ByteRange { offset, len } = range;
-            return Err(PullError::Invalid(format!("range {offset}+{len} to {local} is outside of a region")));
+            return Err(PullError::Invalid(format!(
+                "range {offset}+{len} to {local} is outside of a region"
+            )));
         }
         bytes += range.len;
     }

@@ -145,7 +145,10 @@ impl Owner {
         answer.push(if known { GOOD } else { DENIED });
         answer.extend((self.region.len() as u64).to_be_bytes());
         stream.write_all(&answer).await?;
-        while known {
+        if !known {
+            return Ok(());
+        }
+        loop {
             let mut head = [0; 20];
             limited(IDLE_MAX, stream.read_exact(&mut head)).await?;
             let claim = ClaimId(u128::from_be_bytes(head[..16].try_into().expect("sixteen bytes")));
@@ -158,7 +161,6 @@ impl Owner {
             let ranges: Vec<ByteRange> = list.chunks_exact(16).map(read_range).collect();
             self.answer(&mut stream, claim, &ranges).await?;
         }
-        Ok(())
     }
 
     async fn answer(&self, stream: &mut TcpStream, claim: ClaimId, ranges: &[ByteRange]) -> io::Result<()> {

@@ -49,7 +49,8 @@ impl Region {
         // SAFETY: plain system calls on a descriptor that is open.
         let sized = unsafe {
             libc::ftruncate(fd.as_raw_fd(), bytes as libc::off_t) == 0
-                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW) == 0
+                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)
+                    == 0
         };
         if !sized {
             return Err(io::Error::last_os_error());

@@ -96,7 +96,10 @@ impl WorkerConfig {
     /// What no single option can know.
     pub fn check(&self) -> Result<(), String> {
         if self.model.is_none() {
-            return Err("--model DIR is needed: a Hugging Face checkpoint directory (with --fake for its tokenizer)".into());
+            return Err(
+                "--model DIR is needed: a Hugging Face checkpoint directory (with --fake for its tokenizer)"
+                    .into(),
+            );
         }
         if self.role == Role::Encode {
             return Err("this version has no encoder workers; roles are prefill, decode and mixed".into());

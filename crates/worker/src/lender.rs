@@ -66,8 +66,7 @@ impl v1::lender_server::Lender for LenderService {
             let message = "the lease is over, was never here, or a newer attempt holds it".to_owned();
             let _ = events.try_send(follow_event::Event::Lost(v1::Lost { message }));
         }
-        let outbound =
-            ReceiverStream::new(outbound).map(|event| Ok(v1::FollowEvent { event: Some(event) }));
+        let outbound = ReceiverStream::new(outbound).map(|event| Ok(v1::FollowEvent { event: Some(event) }));
         Ok(Response::new(Box::pin(outbound)))
     }
 

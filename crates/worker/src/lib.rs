@@ -130,7 +130,8 @@ pub async fn start(
     let threads = config.threads.unwrap_or_else(default_threads);
     let engine = load(&config, threads, progress).await?;
     let facts = engine.facts().clone();
-    let id = config.id.clone().unwrap_or_else(|| format!("{}-{:04x}", config.role, seam::random_u64() as u16));
+    let id =
+        config.id.clone().unwrap_or_else(|| format!("{}-{:04x}", config.role, seam::random_u64() as u16));
     let incarnation = Incarnation(seam::random_u64());
 
     let (grpc, address) = listen(config.bind, config.port).await?;
@@ -168,7 +169,6 @@ pub async fn start(
         rows_max: config.rows_max,
         depth: facts.depth,
         context_tokens: facts.context_tokens,
-        ..Default::default()
     });
     let core = Core::new(constants, config.role, kv, batcher, Box::new(seam::random_u128));
     let metrics = Arc::new(metrics::Metrics::new(&facts, &model));
@@ -249,7 +249,11 @@ fn default_threads() -> usize {
     (cores - 1).max(1)
 }
 
-async fn load(config: &WorkerConfig, threads: usize, progress: Progress) -> Result<Box<dyn Engine>, StartError> {
+async fn load(
+    config: &WorkerConfig,
+    threads: usize,
+    progress: Progress,
+) -> Result<Box<dyn Engine>, StartError> {
     let dir = config.model.clone().ok_or_else(|| StartError::Config("--model DIR is needed".into()))?;
     let options = Options {
         dtype: config.dtype,
@@ -309,11 +313,8 @@ async fn export(
     Ok(exports)
 }
 
-type StepThread = (
-    std::thread::JoinHandle<()>,
-    Arc<Shared>,
-    tokio::sync::mpsc::UnboundedReceiver<shared::PullCommand>,
-);
+type StepThread =
+    (std::thread::JoinHandle<()>, Arc<Shared>, tokio::sync::mpsc::UnboundedReceiver<shared::PullCommand>);
 
 /// The thread that turns the step loop; it is woken by everything that changes the state.
 fn start_step_loop(

@@ -143,7 +143,9 @@ impl Metrics {
         self.prefix_queries.with_label_values::<&str>(&[]).inc_by(u64::from(report.prompt_tokens));
         self.prefix_hits.with_label_values::<&str>(&[]).inc_by(u64::from(report.cached_tokens));
         if let Some(first) = report.first_token_at {
-            self.first_token.with_label_values::<&str>(&[]).observe(first.since(report.arrived).as_secs_f64());
+            self.first_token
+                .with_label_values::<&str>(&[])
+                .observe(first.since(report.arrived).as_secs_f64());
         }
         self.whole.with_label_values::<&str>(&[]).observe(report.left.since(report.arrived).as_secs_f64());
     }

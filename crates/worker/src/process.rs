@@ -18,7 +18,9 @@ pub fn process_main(mut arguments: Vec<OsString>, role: Option<Role>) -> ExitCod
     let config: WorkerConfig = config::load_checked(arguments, |config: &WorkerConfig| {
         config.check()?;
         match (&config.etcd, &config.parent) {
-            (None, None) => Err("--etcd URL is needed to join a cluster (or start a whole one with `tandem up`)".into()),
+            (None, None) => {
+                Err("--etcd URL is needed to join a cluster (or start a whole one with `tandem up`)".into())
+            }
             _ => Ok(()),
         }
     });

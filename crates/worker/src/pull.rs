@@ -221,7 +221,9 @@ impl Context {
                     PullAction::Pull { id, claim, blocks } => {
                         pulls.push(Box::pin(self.pull_blocks(order, owner, id, claim, blocks)));
                     }
-                    PullAction::AskVerdict(claim) => verdict = Some(Box::pin(ask(owner.lender.clone(), order, claim))),
+                    PullAction::AskVerdict(claim) => {
+                        verdict = Some(Box::pin(ask(owner.lender.clone(), order, claim)))
+                    }
                     PullAction::Deliver { tokens, bundle } => {
                         return Ok(Taken { tokens, bundle, transport: owner.transport, bytes });
                     }

@@ -194,7 +194,9 @@ fn obey(shared: &Shared, session: SessionId, message: v1::ToWorker) -> Result<()
         return Ok(());
     }
     let leases = match &message {
-        to_worker::Message::Renew(renew) => renew.leases.iter().map(|id| read_lease(id)).collect::<Result<_, _>>()?,
+        to_worker::Message::Renew(renew) => {
+            renew.leases.iter().map(|id| read_lease(id)).collect::<Result<_, _>>()?
+        }
         to_worker::Message::End(end) => vec![read_lease(&end.lease)?],
         _ => Vec::new(),
     };

@@ -76,8 +76,15 @@ impl Shared {
             spans: Spans::default(),
             steps: 0,
         };
-        let shared =
-            Shared { inner: Mutex::new(inner), wake, pulls, load, refuses, progress: StepProgress::default(), metrics };
+        let shared = Shared {
+            inner: Mutex::new(inner),
+            wake,
+            pulls,
+            load,
+            refuses,
+            progress: StepProgress::default(),
+            metrics,
+        };
         (Arc::new(shared), orders)
     }
 
@@ -157,9 +164,15 @@ impl Shared {
                         frames.entry(session).or_default().push(v1::Event { leg, event: Some(event) });
                     }
                     Output::Follow { claim, event, last } => {
-                        let sender = if last { inner.followers.remove(&claim) } else { inner.followers.get(&claim).cloned() };
+                        let sender = if last {
+                            inner.followers.remove(&claim)
+                        } else {
+                            inner.followers.get(&claim).cloned()
+                        };
                         // A follower that does not read loses its claim when its stream is dropped.
-                        if let Some(sender) = sender && sender.try_send(event).is_err() {
+                        if let Some(sender) = sender
+                            && sender.try_send(event).is_err()
+                        {
                             inner.followers.remove(&claim);
                         }
                     }

@@ -49,7 +49,9 @@ impl StepLoop {
             let engine = &mut self.engine;
             self.shared.step(|core, now| match result {
                 Ok(outcome) => {
-                    core.collected(outcome, now, &mut |group, page, rows| engine.zero_tail(group, page, rows));
+                    core.collected(outcome, now, &mut |group, page, rows| {
+                        engine.zero_tail(group, page, rows)
+                    });
                 }
                 Err(error) => {
                     tracing::error!(%error, "engine step failed");

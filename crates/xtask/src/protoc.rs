@@ -40,7 +40,8 @@ fn parse(arguments: &[String]) -> Result<Call, String> {
     let mut call = Call::default();
     let mut rest = arguments.iter();
     while let Some(argument) = rest.next() {
-        let mut value = |name: &str| rest.next().ok_or_else(|| format!("{name} needs a value")).map(PathBuf::from);
+        let mut value =
+            |name: &str| rest.next().ok_or_else(|| format!("{name} needs a value")).map(PathBuf::from);
         match argument.as_str() {
             "-o" | "--descriptor_set_out" => call.out = Some(value("-o")?),
             "-I" | "--proto_path" => call.includes.push(value("-I")?),
@@ -77,7 +78,9 @@ mod tests {
 
     #[test]
     fn what_prost_build_says_is_understood() {
-        let said = arguments("--include_imports --include_source_info -o out.bin -I proto -I other a.proto b/c.proto");
+        let said = arguments(
+            "--include_imports --include_source_info -o out.bin -I proto -I other a.proto b/c.proto",
+        );
         assert!(is_protoc_call(&said));
         let call = parse(&said).unwrap();
         assert_eq!(call.includes, [PathBuf::from("proto"), PathBuf::from("other")]);
@@ -96,9 +99,15 @@ mod tests {
     fn a_file_is_compiled() {
         let dir = std::env::temp_dir().join(format!("tandem-protoc-{}", std::process::id()));
         std::fs::create_dir_all(&dir).unwrap();
-        std::fs::write(dir.join("a.proto"), "syntax = \"proto3\"; message A { optional string b = 1; }").unwrap();
+        std::fs::write(dir.join("a.proto"), "syntax = \"proto3\"; message A { optional string b = 1; }")
+            .unwrap();
         let out = dir.join("out.bin");
-        let call = Call { includes: vec![dir.clone()], out: Some(out.clone()), files: vec![dir.join("a.proto")], ..Call::default() };
+        let call = Call {
+            includes: vec![dir.clone()],
+            out: Some(out.clone()),
+            files: vec![dir.join("a.proto")],
+            ..Call::default()
+        };
         compile(&call).unwrap();
         assert!(std::fs::metadata(&out).unwrap().len() > 10);
         std::fs::remove_dir_all(dir).unwrap();

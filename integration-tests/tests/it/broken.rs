@@ -30,7 +30,8 @@ impl Spoilt {
 
     fn config(&self, change: impl Fn(&mut Value)) {
         let file = self.0.join("config.json");
-        let mut config: Value = serde_json::from_str(&std::fs::read_to_string(&file).expect("text")).expect("JSON");
+        let mut config: Value =
+            serde_json::from_str(&std::fs::read_to_string(&file).expect("text")).expect("JSON");
         change(&mut config);
         std::fs::write(file, config.to_string()).expect("it is ours");
     }
@@ -75,22 +76,38 @@ fn a_checkpoint_that_cannot_be_served_is_refused_by_naming_file_and_fact() {
             &["config.json", "MambaForCausalLM", "Qwen3ForCausalLM"],
         )
         .await;
-        check("json", &|s| std::fs::write(s.0.join("config.json"), "{ nope").expect("ours"), &["config.json"]).await;
+        check(
+            "json",
+            &|s| std::fs::write(s.0.join("config.json"), "{ nope").expect("ours"),
+            &["config.json"],
+        )
+        .await;
         check(
             "quantised",
             &|s| s.config(|c| c["quantization_config"] = json!({ "quant_method": "gptq" })),
             &["config.json", "quantization_config"],
         )
         .await;
-        check("layers", &|s| s.config(|c| c["num_hidden_layers"] = json!(9)), &["model.layers.", "model.safetensors"]).await;
-        check("shape", &|s| s.config(|c| c["intermediate_size"] = json!(96)), &["model.safetensors", "96"]).await;
+        check(
+            "layers",
+            &|s| s.config(|c| c["num_hidden_layers"] = json!(9)),
+            &["model.layers.", "model.safetensors"],
+        )
+        .await;
+        check("shape", &|s| s.config(|c| c["intermediate_size"] = json!(96)), &["model.safetensors", "96"])
+            .await;
         let truncate = |s: &Spoilt| {
             let file = s.0.join("model.safetensors");
             let bytes = std::fs::read(&file).expect("bytes");
             std::fs::write(file, &bytes[..bytes.len() / 2]).expect("ours");
         };
         check("truncated", &truncate, &["model.safetensors"]).await;
-        check("missing", &|s| std::fs::remove_file(s.0.join("model.safetensors")).expect("ours"), &["model.safetensors"]).await;
+        check(
+            "missing",
+            &|s| std::fs::remove_file(s.0.join("model.safetensors")).expect("ours"),
+            &["model.safetensors"],
+        )
+        .await;
         let retype = |s: &Spoilt| {
             let file = s.0.join("model.safetensors");
             let bytes = std::fs::read(&file).expect("bytes");

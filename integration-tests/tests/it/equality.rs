@@ -94,7 +94,16 @@ fn several_processes_give_the_bits_of_one_mixed_worker_in_both_types() {
             let mixed = Spec { workers: (0, 0, 1), dtype: of, ..Spec::of(tiny()) };
             let mixed = in_process(mixed, seed).await;
             let arguments = [
-                "--processes", "--model", model, "--dtype", dtype, "--prefill", "1", "--decode", "1", "--threads",
+                "--processes",
+                "--model",
+                model,
+                "--dtype",
+                dtype,
+                "--prefill",
+                "1",
+                "--decode",
+                "1",
+                "--threads",
                 "prefill=1,decode=3",
             ];
             let cluster = ProcessCluster::start(&arguments).await;
@@ -120,7 +129,11 @@ fn a_fake_cluster_says_what_its_oracle_says_from_the_prompt_alone() {
                     seed: extra["seed"].as_u64().unwrap_or(0),
                     ..SamplingParams::default()
                 };
-                assert_eq!(*ids, oracle(&ordinary, &prompt, &sampling, Choice(0), ids.len()), "prompt {index}");
+                assert_eq!(
+                    *ids,
+                    oracle(&ordinary, &prompt, &sampling, Choice(0), ids.len()),
+                    "prompt {index}"
+                );
             }
         }
     });

@@ -25,7 +25,8 @@ impl Server {
             ports.push(listener.local_addr().expect("an address").port());
         }
         let data = std::env::temp_dir().join(format!("tandem-it-etcd-{}", ports[0]));
-        let (url, peer) = (format!("http://127.0.0.1:{}", ports[0]), format!("http://127.0.0.1:{}", ports[1]));
+        let (url, peer) =
+            (format!("http://127.0.0.1:{}", ports[0]), format!("http://127.0.0.1:{}", ports[1]));
         let child = Command::new(program)
             .arg("--data-dir")
             .arg(&data)

@@ -49,7 +49,8 @@ fn a_failing_prefill_is_placed_again_and_given_up_after_three_attempts() {
 fn a_stream_that_breaks_after_its_first_decoded_token_ends_loudly_and_without_done() {
     run(async {
         // Every third step fails; with one prompt at a time some stream breaks in the middle.
-        let cluster = TestCluster::start(Spec::of(tiny()).workers(1, 1, 0).fake("zero,fail=0.05,seed=3")).await;
+        let cluster =
+            TestCluster::start(Spec::of(tiny()).workers(1, 1, 0).fake("zero,fail=0.05,seed=3")).await;
         let mut broken = 0;
         for i in 0..40 {
             let body = json!({
@@ -86,10 +87,11 @@ fn a_hanging_step_is_noticed_and_its_request_placed_again() {
         cluster.set_fake("zero");
         let asked = cluster.api.complete(&cluster.model, &[1, 2, 3], json!({ "max_tokens": 5 }));
         let add = async {
-            cluster.wait_for("the hanging worker is suspect", |rows| {
-                rows.iter().any(|row| row["id"] == "prefill-1" && row["state"] == "suspect")
-            })
-            .await;
+            cluster
+                .wait_for("the hanging worker is suspect", |rows| {
+                    rows.iter().any(|row| row["id"] == "prefill-1" && row["state"] == "suspect")
+                })
+                .await;
         };
         let (answer, ()) = tokio::join!(asked, add);
         assert_eq!(answer.status, 200, "the decode worker has prefilled it: {}", answer.text);

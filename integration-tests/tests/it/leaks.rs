@@ -53,7 +53,8 @@ fn a_thousand_requests_a_third_of_them_cancelled_leave_nothing_on_real_engines()
 #[test]
 fn a_thousand_requests_a_third_of_them_cancelled_leave_nothing_on_paced_workers_over_tcp() {
     run(async {
-        let spec = Spec { transport: "tcp".into(), ..Spec::of(tiny()).workers(2, 2, 0).fake("paced:3ms,1ms") };
+        let spec =
+            Spec { transport: "tcp".into(), ..Spec::of(tiny()).workers(2, 2, 0).fake("paced:3ms,1ms") };
         let cluster = TestCluster::start(spec).await;
         storm(&cluster, REQUESTS, 30).await;
         let took = cluster.wait_until_idle().await;

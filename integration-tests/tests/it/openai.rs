@@ -17,10 +17,16 @@ fn the_openai_package_works_unmodified() {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/it/openai_client.py");
         let (address, model) = (cluster.address.to_string(), cluster.model.clone());
         let output = tokio::task::spawn_blocking(move || {
-            Command::new(python).arg(script).arg(format!("http://{address}/v1")).arg(model).output().expect("it runs")
+            Command::new(python)
+                .arg(script)
+                .arg(format!("http://{address}/v1"))
+                .arg(model)
+                .output()
+                .expect("it runs")
         });
         let output = output.await.expect("the runner lives");
-        let said = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        let said =
+            format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         assert!(output.status.success(), "{said}");
         println!("{said}");
         cluster.wait_until_idle().await;

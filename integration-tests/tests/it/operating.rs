@@ -54,9 +54,7 @@ fn a_cordoned_worker_gets_no_new_work_and_a_drained_one_neither() {
         let cluster = fake(2, 2).await;
         assert_eq!(cluster.admin.post("/admin/workers/prefill-0/cordon", &json!({})).await.status, 200);
         assert_eq!(cluster.admin.post("/admin/workers/decode-1/drain", &json!({})).await.status, 200);
-        cluster
-            .wait_for("it drains", |rows| state_of(rows, "decode-1")["state"] == "draining")
-            .await;
+        cluster.wait_for("it drains", |rows| state_of(rows, "decode-1")["state"] == "draining").await;
         for _ in 0..6 {
             assert_eq!(route(&cluster).await, "prefill=prefill-1,decode=decode-0");
         }
@@ -77,8 +75,21 @@ fn every_process_shows_its_state_its_configuration_and_its_metrics() {
         for (kind, admin) in clients {
             let state = admin.get("/admin/state").await.json;
             for field in [
-                "id", "kind", "pid", "command", "model", "epoch", "incarnation", "state", "running", "waiting",
-                "leases", "blocks", "cpu_seconds", "resident_bytes", "version",
+                "id",
+                "kind",
+                "pid",
+                "command",
+                "model",
+                "epoch",
+                "incarnation",
+                "state",
+                "running",
+                "waiting",
+                "leases",
+                "blocks",
+                "cpu_seconds",
+                "resident_bytes",
+                "version",
             ] {
                 assert!(!state[field].is_null(), "{kind} has no {field}: {state:#}");
             }
@@ -91,9 +102,13 @@ fn every_process_shows_its_state_its_configuration_and_its_metrics() {
             assert_eq!(admin.get("/nope").await.status, 404);
             let metrics = admin.get("/metrics").await.text;
             for name in [
-                "vllm:num_requests_running{", "vllm:num_requests_waiting{", "vllm:time_to_first_token_seconds_bucket{",
-                "vllm:e2e_request_latency_seconds_count{", "vllm:prompt_tokens_total{",
-                "vllm:generation_tokens_total{", "vllm:request_success_total{",
+                "vllm:num_requests_running{",
+                "vllm:num_requests_waiting{",
+                "vllm:time_to_first_token_seconds_bucket{",
+                "vllm:e2e_request_latency_seconds_count{",
+                "vllm:prompt_tokens_total{",
+                "vllm:generation_tokens_total{",
+                "vllm:request_success_total{",
             ] {
                 assert!(metrics.contains(name), "{kind} has no {name}");
             }

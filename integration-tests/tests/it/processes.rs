@@ -65,7 +65,16 @@ fn up_without_arguments_answers_with_the_demo_model_and_ends_well() {
 fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again() {
     run(async {
         let model = checkpoints::named("qwen3");
-        let arguments = ["--processes", "--fake", "--model", model.to_str().expect("a path"), "--prefill", "2", "--decode", "2"];
+        let arguments = [
+            "--processes",
+            "--fake",
+            "--model",
+            model.to_str().expect("a path"),
+            "--prefill",
+            "2",
+            "--decode",
+            "2",
+        ];
         let cluster = ProcessCluster::start(&arguments).await;
         let seen = status(&cluster).await;
         assert_eq!(seen["workers"].as_array().map(Vec::len), Some(4), "{seen:#}");
@@ -79,11 +88,14 @@ fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again()
 
             let command: Vec<String> = serde_json::from_value(state["command"].clone()).expect("a list");
             assert!(command[0].starts_with('/'), "{command:?}");
-            started_again.push(Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again"));
+            started_again
+                .push(Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again"));
             cluster
                 .wait_for("the worker is back as another incarnation", |rows| {
                     ready(rows) == 4
-                        && rows.iter().any(|row| row["id"] == victim && row["incarnation"] != state["incarnation"])
+                        && rows
+                            .iter()
+                            .any(|row| row["id"] == victim && row["incarnation"] != state["incarnation"])
                 })
                 .await;
             all_succeed(&cluster, "qwen3", 20).await;
@@ -114,7 +126,9 @@ async fn metric(cluster: &ProcessCluster, worker: &str, name: &str) -> f64 {
 fn without_decode_workers_prefill_workers_decode_and_the_reverse_across_processes() {
     run(async {
         let model = checkpoints::named("qwen3");
-        let cluster = ProcessCluster::start(&["--processes", "--fake", "--model", model.to_str().expect("a path")]).await;
+        let cluster =
+            ProcessCluster::start(&["--processes", "--fake", "--model", model.to_str().expect("a path")])
+                .await;
         let state = cluster.kill("decode-0").await;
         seam::sleep(Duration::from_secs(1)).await;
         all_succeed(&cluster, "qwen3", 10).await;

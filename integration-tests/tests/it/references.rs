@@ -14,7 +14,8 @@ async fn agrees(dir: &Path, spec: Spec) {
     let reference: Value = serde_json::from_str(&text).expect("JSON");
     let cases = reference["cases"].as_array().expect("cases").clone();
     let suppressed: Vec<u32> = token_ids(&reference["suppressed_ids"]);
-    let bias: serde_json::Map<String, Value> = suppressed.iter().map(|id| (id.to_string(), json!(-100))).collect();
+    let bias: serde_json::Map<String, Value> =
+        suppressed.iter().map(|id| (id.to_string(), json!(-100))).collect();
     let cluster = TestCluster::start(spec).await;
     // Twice: the second time the prefix cache answers.
     for round in ["cold", "warm"] {
@@ -66,7 +67,8 @@ fn both_spellings_of_the_configuration_agree_through_the_api() {
             }
         }
         std::fs::copy(source.join("config.legacy.json"), copy.join("config.json")).expect("a copy");
-        std::fs::copy(source.join("reference/cases.json"), copy.join("reference/cases.json")).expect("a copy");
+        std::fs::copy(source.join("reference/cases.json"), copy.join("reference/cases.json"))
+            .expect("a copy");
         agrees(&copy, Spec::of(copy.clone())).await;
         std::fs::remove_dir_all(&copy).expect("it is ours");
     });

@@ -96,7 +96,8 @@ fn end_of_sequence_and_stop_tokens_end_an_answer_where_they_are_drawn() {
             cluster.api.complete(&cluster.model, &[5, 6, 7], drawn).await
         };
         let all = complete(json!({})).await.token_ids();
-        let (at, stop) = all.iter().enumerate().skip(4).find(|(i, t)| !all[..*i].contains(t)).expect("a new one");
+        let (at, stop) =
+            all.iter().enumerate().skip(4).find(|(i, t)| !all[..*i].contains(t)).expect("a new one");
         let stopped = complete(json!({ "stop_token_ids": [stop] })).await;
         assert_eq!(stopped.token_ids(), all[..=at]);
         assert_eq!(stopped.json["choices"][0]["stop_reason"], json!(stop));
@@ -144,10 +145,12 @@ fn a_prompt_that_does_not_fit_is_refused_before_anything_is_computed() {
     run(async {
         let cluster = TestCluster::start(Spec { kv_bytes: 1 << 20, ..Spec::of(tiny()) }).await;
         let too_long: Vec<u32> = vec![5; 3000];
-        let beyond_context = cluster.api.complete(&cluster.model, &too_long, json!({ "max_tokens": 4 })).await;
+        let beyond_context =
+            cluster.api.complete(&cluster.model, &too_long, json!({ "max_tokens": 4 })).await;
         assert_eq!(beyond_context.status, 400);
         assert_eq!(beyond_context.json["error"]["code"], "context_length_exceeded");
-        let beyond_pool = cluster.api.complete(&cluster.model, &too_long[..2000], json!({ "max_tokens": 4 })).await;
+        let beyond_pool =
+            cluster.api.complete(&cluster.model, &too_long[..2000], json!({ "max_tokens": 4 })).await;
         assert_eq!(beyond_pool.status, 400, "{}", beyond_pool.text);
         assert_eq!(beyond_pool.json["error"]["code"], "context_length_exceeded");
         assert!(beyond_pool.json["error"]["message"].as_str().expect("a sentence").contains("KV pool"));

@@ -92,7 +92,8 @@ pub(crate) fn routes(subject: Arc<RouterSubject>) -> Router {
 
 async fn cluster(State(subject): State<Arc<RouterSubject>>) -> Json<Value> {
     let view = subject.workers.view();
-    let peers = |registrations: &std::collections::BTreeMap<String, tandem_cluster::Registration>, kind: &str| {
+    let peers = |registrations: &std::collections::BTreeMap<String, tandem_cluster::Registration>,
+                 kind: &str| {
         let rows = registrations.values().map(|r| {
             json!({
                 "id": r.id,

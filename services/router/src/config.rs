@@ -8,7 +8,10 @@ use tandem_chassis::config::{ByteSize, HumanDuration};
 
 /// Options of a router.
 #[derive(Clone, Debug, clap::Parser, Serialize)]
-#[command(name = "tandem-router", about = "Tandem's router: an OpenAI-compatible endpoint that places work on workers")]
+#[command(
+    name = "tandem-router",
+    about = "Tandem's router: an OpenAI-compatible endpoint that places work on workers"
+)]
 pub struct RouterConfig {
     /// Name in the cluster; by default `router-` and a number drawn at random
     #[arg(long)]
@@ -73,7 +76,9 @@ impl RouterConfig {
     /// What no single option can know.
     pub fn check(&self) -> Result<(), String> {
         if self.model.is_none() {
-            return Err("--model DIR is needed: the checkpoint directory whose tokenizer the router uses".into());
+            return Err(
+                "--model DIR is needed: the checkpoint directory whose tokenizer the router uses".into()
+            );
         }
         if self.queue_max == 0 {
             return Err("--queue-max must be at least 1".into());

@@ -296,7 +296,13 @@ impl Course {
     }
 
     /// Delivers the first token, then finds somebody to go on, as often as the held lease allows.
-    async fn decode(&mut self, mut prefill: Leg, granted_as: u32, handle: v1::Handle, first: v1::Delta) -> Round {
+    async fn decode(
+        &mut self,
+        mut prefill: Leg,
+        granted_as: u32,
+        handle: v1::Handle,
+        first: v1::Delta,
+    ) -> Round {
         let mut target = self.choose_decode(prefill.worker());
         if let Some(link) = &target {
             self.say_route(prefill.worker(), &link.worker).await;
@@ -455,7 +461,8 @@ impl Course {
         let (links, candidates) = self.candidates();
         let request = self.facts();
         let route = self.dispatcher.policy.choose(&request, &candidates);
-        let chosen = route.map(|r| json!({ "prefill": links[r.prefill].worker, "decode": links[r.decode].worker }));
+        let chosen =
+            route.map(|r| json!({ "prefill": links[r.prefill].worker, "decode": links[r.decode].worker }));
         self.record.note("route", json!({ "request": request, "candidates": candidates, "chosen": chosen }));
         Some((route?, links))
     }
@@ -465,7 +472,8 @@ impl Course {
         let (links, candidates) = self.candidates();
         let at = links.iter().position(|link| link.worker == *prefill);
         let chosen = self.dispatcher.policy.choose_decode(&self.facts(), &candidates, at);
-        self.record.note("decode", json!({ "candidates": candidates, "chosen": chosen.map(|i| &links[i].worker) }));
+        self.record
+            .note("decode", json!({ "candidates": candidates, "chosen": chosen.map(|i| &links[i].worker) }));
         chosen.map(|index| links[index].clone())
     }
 
@@ -514,7 +522,10 @@ impl Course {
             ttft_target_ms: None,
             tpot_target_ms: None,
         };
-        self.record.note("start", json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }));
+        self.record.note(
+            "start",
+            json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }),
+        );
         link.open(start).map_err(|error| Round::Again {
             avoid: Some(link.worker.clone()),
             fault: false,
@@ -534,7 +545,9 @@ impl Course {
                     v1::RefuseReason::ContextLength => {
                         Round::Broken(DispatchError::ContextLength { message: refused.message })
                     }
-                    v1::RefuseReason::Unsupported => Round::Broken(DispatchError::Unsupported(refused.message)),
+                    v1::RefuseReason::Unsupported => {
+                        Round::Broken(DispatchError::Unsupported(refused.message))
+                    }
                     v1::RefuseReason::Invalid => Round::Broken(DispatchError::Internal(why)),
                     _ => Round::Again { avoid, fault: false, why },
                 }
@@ -550,7 +563,9 @@ impl Course {
                 let why = format!("{} preempted it", leg.worker());
                 Round::Again { avoid: None, fault: false, why }
             }
-            LegEvent::Lost(why) => Round::Again { avoid, fault: true, why: format!("{}: {why}", leg.worker()) },
+            LegEvent::Lost(why) => {
+                Round::Again { avoid, fault: true, why: format!("{}: {why}", leg.worker()) }
+            }
             // Released without our cancel: the lease or the leg ended there.
             LegEvent::Worker(_) => {
                 let why = format!("{} let go of it", leg.worker());

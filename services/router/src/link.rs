@@ -34,6 +34,8 @@ const PAUSE_AT: usize = 512;
 
 /// What a leg hears from its worker. The last one is `Finished`, `Released`, `Refused`, `Preempted`, `Failed`
 /// or `Lost`.
+// Only a grant is large, once per request; deltas would pay for a box each.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub(crate) enum LegEvent {
     /// From the worker.
@@ -157,7 +159,11 @@ impl Link {
         let mut state = self.lock();
         let not_connected = |why: &str| NotConnected { worker: self.worker.clone(), why: why.to_owned() };
         let Some(outbound) = state.outbound.clone() else {
-            return Err(not_connected(if state.trouble.is_empty() { "no session yet" } else { &state.trouble }));
+            return Err(not_connected(if state.trouble.is_empty() {
+                "no session yet"
+            } else {
+                &state.trouble
+            }));
         };
         state.next_leg = state.next_leg.wrapping_add(1).max(1);
         let name = state.next_leg;
@@ -230,8 +236,9 @@ impl Link {
             .initial_stream_window_size(1 << 20)
             .initial_connection_window_size(4 << 20);
         let channel = endpoint.connect().await.map_err(|e| chain(&e))?;
-        let mut client =
-            v1::worker_client::WorkerClient::new(channel).max_decoding_message_size(64 << 20).max_encoding_message_size(64 << 20);
+        let mut client = v1::worker_client::WorkerClient::new(channel)
+            .max_decoding_message_size(64 << 20)
+            .max_encoding_message_size(64 << 20);
         let (outbound, messages) = mpsc::channel(OUTBOUND);
         let hello = to_worker::Message::Hello(v1::Hello {
             router: self.router.clone(),
@@ -376,7 +383,8 @@ impl Link {
 
     fn hand_on(&self, state: &mut LinkState, name: u32, kind: event::Event) {
         let Some(slot) = state.legs.get_mut(&name) else { return };
-        let last = !matches!(kind, event::Event::Delta(_) | event::Event::Granted(_) | event::Event::Finished(_));
+        let last =
+            !matches!(kind, event::Event::Delta(_) | event::Event::Granted(_) | event::Event::Finished(_));
         let sent = slot.events.try_send(LegEvent::Worker(kind));
         let behind = LEG_QUEUE - slot.events.capacity();
         let pause = behind >= PAUSE_AT && !slot.paused;
@@ -490,7 +498,8 @@ impl Leg {
 
     /// Renewed with the link's beats from now on.
     fn keep_lease(&mut self, granted: &v1::Granted) {
-        let id = granted.handle.as_ref().and_then(|h| tandem_proto::convert::read_id128("lease", &h.lease).ok());
+        let id =
+            granted.handle.as_ref().and_then(|h| tandem_proto::convert::read_id128("lease", &h.lease).ok());
         if let Some(id) = id.map(LeaseId) {
             self.lease = Some(id);
             self.link.lock().leases.insert(id);

@@ -74,7 +74,11 @@ impl Metrics {
                 &[],
                 metrics::REQUEST_SECONDS,
             ),
-            prompt_tokens: vllm.counter("vllm:prompt_tokens_total", "prompt tokens of requests that ended", &[]),
+            prompt_tokens: vllm.counter(
+                "vllm:prompt_tokens_total",
+                "prompt tokens of requests that ended",
+                &[],
+            ),
             generation_tokens: vllm.counter("vllm:generation_tokens_total", "tokens delivered", &[]),
             success,
             requests: ours.counter("tandem_requests_total", "requests by how they ended", &["code"]),

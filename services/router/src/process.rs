@@ -12,7 +12,9 @@ pub fn process_main(arguments: Vec<OsString>) -> ExitCode {
     let config: RouterConfig = config::load_checked(arguments, |config: &RouterConfig| {
         config.check()?;
         match (&config.etcd, &config.parent) {
-            (None, None) => Err("--etcd URL is needed to find workers (or start a whole cluster with `tandem up`)".into()),
+            (None, None) => {
+                Err("--etcd URL is needed to find workers (or start a whole cluster with `tandem up`)".into())
+            }
             _ => Ok(()),
         }
     });

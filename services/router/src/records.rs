@@ -69,7 +69,8 @@ impl Records {
     /// By `x-request-id`, or by the internal id.
     pub(crate) fn find(&self, name: &str) -> Option<Value> {
         let kept = self.kept.lock().expect("nothing panics under this lock");
-        let found = kept.by_name.get(name).or_else(|| kept.order.iter().rev().find(|record| record.id == name));
+        let found =
+            kept.by_name.get(name).or_else(|| kept.order.iter().rev().find(|record| record.id == name));
         found.map(|record| record.describe())
     }
 }

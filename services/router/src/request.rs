@@ -143,7 +143,9 @@ pub struct Generation {
 
 impl Generation {
     /// Waits for the first event that tells whether there will be an answer.
-    pub(crate) async fn begin(mut events: mpsc::Receiver<GenerateEvent>) -> Result<Generation, DispatchError> {
+    pub(crate) async fn begin(
+        mut events: mpsc::Receiver<GenerateEvent>,
+    ) -> Result<Generation, DispatchError> {
         let mut route = None;
         loop {
             match events.recv().await {
@@ -165,7 +167,8 @@ impl Generation {
         if let Some(event) = self.ahead.pop_front() {
             return event;
         }
-        let lost = || GenerateEvent::Failed(DispatchError::Internal("the request ended without a word".into()));
+        let lost =
+            || GenerateEvent::Failed(DispatchError::Internal("the request ended without a word".into()));
         self.events.recv().await.unwrap_or_else(lost)
     }
 }

@@ -140,10 +140,9 @@ impl Workers {
     pub(crate) fn candidates(&self) -> (Vec<Arc<Link>>, Vec<Candidate>) {
         let now = seam::now();
         let known = self.lock();
-        let ready = known
-            .links
-            .iter()
-            .filter(|(id, linked)| !known.cordoned.contains(*id) && linked.link.state(now) == WorkerState::Ready);
+        let ready = known.links.iter().filter(|(id, linked)| {
+            !known.cordoned.contains(*id) && linked.link.state(now) == WorkerState::Ready
+        });
         ready.map(|(id, linked)| (linked.link.clone(), candidate(id, linked))).unzip()
     }
 
@@ -188,7 +187,11 @@ impl Workers {
         if !known.links.contains_key(&id) {
             return Err(WishError::Unknown(worker.to_owned()));
         }
-        if cordoned { known.cordoned.insert(id) } else { known.cordoned.remove(&id) };
+        if cordoned {
+            known.cordoned.insert(id)
+        } else {
+            known.cordoned.remove(&id)
+        };
         drop(known);
         self.changed.send_modify(|n| *n += 1);
         Ok(())
@@ -199,8 +202,9 @@ impl Workers {
         let registration = self.registration(worker)?;
         let refused = |why: String| WishError::Refused(format!("{worker} cannot be drained: {why}"));
         let ask = async {
-            let endpoint = tonic::transport::Endpoint::from_shared(format!("http://{}", registration.address))
-                .map_err(|e| e.to_string())?;
+            let endpoint =
+                tonic::transport::Endpoint::from_shared(format!("http://{}", registration.address))
+                    .map_err(|e| e.to_string())?;
             let channel = endpoint.connect().await.map_err(|e| e.to_string())?;
             let request = tandem_proto::v1::DrainRequest {
                 worker_incarnation: registration.incarnation.0,

@@ -49,10 +49,17 @@ pub async fn post_stream(
     Ok(Box::pin(stream.try_filter_map(async |frame| Ok(frame.into_data().ok()))))
 }
 
-async fn send(url: &str, request: Request<Full<Bytes>>) -> Result<hyper::Response<hyper::body::Incoming>, String> {
+async fn send(
+    url: &str,
+    request: Request<Full<Bytes>>,
+) -> Result<hyper::Response<hyper::body::Incoming>, String> {
     let client: Client<_, Full<Bytes>> = Client::builder(TokioExecutor::new()).build_http();
     client.request(request).await.map_err(|error| {
-        let why = if error.is_connect() { "nobody listens there; is the cluster up?" } else { "the connection broke" };
+        let why = if error.is_connect() {
+            "nobody listens there; is the cluster up?"
+        } else {
+            "the connection broke"
+        };
         format!("{url}: {why}")
     })
 }

@@ -21,7 +21,8 @@ pub fn find(model: &str) -> Result<PathBuf, String> {
     let here = std::env::current_dir().unwrap_or_default();
     let installed = program.ancestors().map(|dir| dir.join("share/tandem"));
     let nearby = program.ancestors().chain(here.ancestors()).map(Path::to_path_buf);
-    let found = nearby.chain(installed).map(|dir| dir.join(DEMO)).find(|dir| dir.join("config.json").is_file());
+    let found =
+        nearby.chain(installed).map(|dir| dir.join(DEMO)).find(|dir| dir.join("config.json").is_file());
     found.ok_or_else(|| {
         "the demo model was not found near this program or the current directory; \
          name a checkpoint with --model DIR, or the demo's folder in TANDEM_DEMO_MODEL"

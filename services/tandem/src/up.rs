@@ -156,7 +156,9 @@ impl UpConfig {
             return Err("--slo: this version does not plan by latency targets".into());
         }
         if self.transport == "inproc" && self.processes {
-            return Err("--transport inproc reaches no other process; use tcp or auto with --processes".into());
+            return Err(
+                "--transport inproc reaches no other process; use tcp or auto with --processes".into()
+            );
         }
         tandem_placement::named(&self.policy)?;
         model::find(&self.model).map(|_| ())
@@ -171,7 +173,8 @@ impl UpConfig {
             (Role::Decode, self.decode.unwrap_or(default)),
             (Role::Mixed, self.mixed.unwrap_or(0)),
         ];
-        let named = counts.into_iter().flat_map(|(role, n)| (0..n).map(move |i| (format!("{role}-{i}"), role)));
+        let named =
+            counts.into_iter().flat_map(|(role, n)| (0..n).map(move |i| (format!("{role}-{i}"), role)));
         named.collect()
     }
 
@@ -257,7 +260,11 @@ async fn run(config: UpConfig) -> Result<(), String> {
     let shutdown = Shutdown::new();
     // Owned by the runtime; it ends with the process.
     seam::spawn(tandem_chassis::drain::signal(shutdown.clone()));
-    if config.processes { up_processes::run(config, model, shutdown).await } else { in_process(config, model, shutdown).await }
+    if config.processes {
+        up_processes::run(config, model, shutdown).await
+    } else {
+        in_process(config, model, shutdown).await
+    }
 }
 
 /// Everything in this process. On Ctrl-C the router finishes its requests first; workers go after it, for
@@ -276,7 +283,9 @@ async fn in_process(config: UpConfig, model: PathBuf, shutdown: Shutdown) -> Res
         let progress = loading.part(&id);
         let worker = config.worker(&id, role, model.clone());
         let (membership, end) = (membership.clone(), workers_end.clone());
-        async move { tandem_worker::start(worker, membership, end, progress).await.map_err(|e| format!("{id}: {e}")) }
+        async move {
+            tandem_worker::start(worker, membership, end, progress).await.map_err(|e| format!("{id}: {e}"))
+        }
     });
     let started = tokio::select! {
         started = futures_util::future::try_join_all(starts) => started,

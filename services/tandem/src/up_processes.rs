@@ -57,7 +57,8 @@ async fn membership(
         return Ok((None, membership));
     }
     let embedded = Embedded::new();
-    let listener = seam::listen("127.0.0.1:0").await.map_err(|e| format!("cannot listen for children: {e}"))?;
+    let listener =
+        seam::listen("127.0.0.1:0").await.map_err(|e| format!("cannot listen for children: {e}"))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let _ = shutdown;
@@ -82,7 +83,12 @@ fn spawn(
 ) -> Result<Service, String> {
     let program = std::env::current_exe().map_err(|e| format!("cannot find this program: {e}"))?;
     let mut child = Command::new(&program);
-    child.arg(command).args(options(config)).stdin(Stdio::null()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
+    child
+        .arg(command)
+        .args(options(config))
+        .stdin(Stdio::null())
+        .stdout(Stdio::inherit())
+        .stderr(Stdio::inherit());
     child.process_group(0);
     // SAFETY: between fork and exec only prctl is called, which is async-signal-safe and touches no memory of
     // ours.

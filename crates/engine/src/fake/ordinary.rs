@@ -30,7 +30,9 @@ impl Ordinary {
         let config = read(dir, "config.json")?;
         let tokenizer = read(dir, "tokenizer.json")?;
         let vocab = match &tokenizer["model"]["vocab"] {
-            Value::Object(entries) => entries.values().filter_map(Value::as_u64).map(|id| id as TokenId).collect(),
+            Value::Object(entries) => {
+                entries.values().filter_map(Value::as_u64).map(|id| id as TokenId).collect()
+            }
             Value::Array(entries) => (0..entries.len() as TokenId).collect::<Vec<_>>(),
             _ => return Err(broken(dir, "tokenizer.json", "it has no vocabulary")),
         };

@@ -49,7 +49,15 @@ const PAGE_BYTES_MIN: u64 = 256;
 
 impl Default for FakeSpec {
     fn default() -> Self {
-        FakeSpec { curve: Curve::Zero, slow: 1.0, fail: 0.0, refuse: 0.0, hang: 0.0, page_bytes: None, seed: 0 }
+        FakeSpec {
+            curve: Curve::Zero,
+            slow: 1.0,
+            fail: 0.0,
+            refuse: 0.0,
+            hang: 0.0,
+            page_bytes: None,
+            seed: 0,
+        }
     }
 }
 
@@ -132,7 +140,9 @@ impl FakeSpec {
             "page-bytes" => {
                 let bytes = number()?;
                 if bytes < PAGE_BYTES_MIN || bytes % 8 != 0 {
-                    return Err(format!("page-bytes={bytes} must be a multiple of 8, at least {PAGE_BYTES_MIN}"));
+                    return Err(format!(
+                        "page-bytes={bytes} must be a multiple of 8, at least {PAGE_BYTES_MIN}"
+                    ));
                 }
                 self.page_bytes = Some(bytes);
             }

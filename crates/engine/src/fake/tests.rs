@@ -132,9 +132,15 @@ fn log_probabilities_are_ranked_and_as_many_as_asked_for() {
 fn paced_steps_take_their_time_one_after_the_other() {
     let mut engine = engine("paced:50ms,5ms,slow=2");
     let prompt: Vec<TokenId> = (0..10).collect();
-    let plan = Plan { id: 1, open: vec![open(0, &prompt)], rows: vec![row(0, 0, &prompt, &[0], true)], ..Plan::default() };
+    let plan = Plan {
+        id: 1,
+        open: vec![open(0, &prompt)],
+        rows: vec![row(0, 0, &prompt, &[0], true)],
+        ..Plan::default()
+    };
     engine.submit(plan, Time::ZERO);
-    let next = Row { slot: 0, start: 10, count: 1, input: Input::Previous, pages: vec![vec![0]], sample: true };
+    let next =
+        Row { slot: 0, start: 10, count: 1, input: Input::Previous, pages: vec![vec![0]], sample: true };
     engine.submit(Plan { id: 2, rows: vec![next], ..Plan::default() }, Time::from_millis(1));
     assert!(engine.collect(Time::from_millis(99)).is_none());
     assert_eq!(engine.ready_at(), Some(Time::from_millis(100)));
@@ -151,7 +157,8 @@ fn the_h200_curve_meets_the_points_it_was_fitted_to() {
         let row = Row { slot: 0, start, count, input: Input::Previous, pages: vec![], sample: true };
         spec.step_time(&vec![row; rows], false).as_secs_f64() * 1e3
     };
-    for (given, measured) in [(time(0, 2048, 1), 42.3), (time(0, 8192, 1), 201.7), (time(2048, 1, 32), 7.64)] {
+    for (given, measured) in [(time(0, 2048, 1), 42.3), (time(0, 8192, 1), 201.7), (time(2048, 1, 32), 7.64)]
+    {
         assert!((given / measured - 1.0).abs() < 0.1, "{given} ms for {measured} ms");
     }
 }
@@ -160,7 +167,15 @@ fn the_h200_curve_meets_the_points_it_was_fitted_to() {
 fn told_to_fail_or_hang_it_does() {
     let run = |spec: &str| {
         let mut engine = engine(spec);
-        engine.submit(Plan { id: 1, open: vec![open(0, &[5])], rows: vec![row(0, 0, &[5], &[0], true)], ..Plan::default() }, Time::ZERO);
+        engine.submit(
+            Plan {
+                id: 1,
+                open: vec![open(0, &[5])],
+                rows: vec![row(0, 0, &[5], &[0], true)],
+                ..Plan::default()
+            },
+            Time::ZERO,
+        );
         (engine.collect(Time(u64::MAX - 1)), engine.ready_at())
     };
     assert!(matches!(run("fail=1").0, Some(Err(StepError { plan: 1, .. }))));

@@ -141,9 +141,11 @@ impl Core {
     fn carry(&mut self, effect: Effect, now: Time) {
         use v1::follow_event::Event as Follow;
         let (claim, event, last) = match effect {
-            Effect::Ready { claim, group, first, count } => {
-                (claim, Follow::Ready(v1::Ready { group, shard: 0, first, count, checksums: Vec::new() }), false)
-            }
+            Effect::Ready { claim, group, first, count } => (
+                claim,
+                Follow::Ready(v1::Ready { group, shard: 0, first, count, checksums: Vec::new() }),
+                false,
+            ),
             Effect::Sealed { claim, tokens, bundle } => {
                 let first_token = v1::FirstToken {
                     token: bundle.sampled.token,
@@ -154,7 +156,9 @@ impl Core {
             }
             Effect::Done { claim } => (claim, Follow::Done(v1::Done {}), true),
             Effect::Superseded { claim } => (claim, Follow::Superseded(v1::Superseded {}), true),
-            Effect::Lost { claim } => (claim, Follow::Lost(v1::Lost { message: "the lease is over".into() }), true),
+            Effect::Lost { claim } => {
+                (claim, Follow::Lost(v1::Lost { message: "the lease is over".into() }), true)
+            }
             Effect::Ended { lease, why } => return self.lease_ended(lease, why, now),
         };
         self.output.push(Output::Follow { claim, event, last });
@@ -183,7 +187,8 @@ impl Core {
     /// head of this queue can wait only for leases that exist, and those end.
     pub(super) fn begin_waiting_grants(&mut self) {
         while let Some(&id) = self.waiting_grants.front() {
-            let reserved: u32 = self.legs.values().filter(|leg| leg.awaits_grant()).map(|l| blocks_for(l.known_tokens)).sum();
+            let reserved: u32 =
+                self.legs.values().filter(|leg| leg.awaits_grant()).map(|l| blocks_for(l.known_tokens)).sum();
             let wanted = blocks_for(self.legs[&id].known_tokens);
             if !self.kv.can_grant(reserved, wanted) {
                 return;

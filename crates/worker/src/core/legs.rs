@@ -135,17 +135,6 @@ pub struct PullOrder {
     pub request_name: String,
 }
 
-impl Drop for Core {
-    /// The tables of pulls under way go together with their cache.
-    fn drop(&mut self) {
-        for leg in std::mem::take(&mut self.legs).into_values() {
-            if let Stage::Pulling { table, .. } | Stage::Stopping { table } = leg.stage {
-                table.abandon();
-            }
-        }
-    }
-}
-
 impl Core {
     /// Removes a leg, frees all it holds, and tells its router. The one way out.
     ///

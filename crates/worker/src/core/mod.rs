@@ -21,9 +21,9 @@ use tandem_types::{
     WorkerId, WorkerState,
 };
 
+use legs::Leg;
 pub use legs::{Finish, LegReport, PullOrder, StageChange, StageName};
 pub use pulls::PullFailure;
-use legs::Leg;
 
 /// One Session stream, numbered by this worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -55,6 +55,8 @@ pub struct Constants {
 }
 
 /// Something for the rim to do. In order.
+// Only a grant is large, once per request; deltas would pay for a box each.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum Output {
     /// An event of a leg, for the frame of its session.

@@ -120,7 +120,8 @@ impl Core {
 
     fn check_features(&self, start: &v1::Start) -> Result<Until, Refusal> {
         let until = convert::until(start.until).map_err(|e| (v1::RefuseReason::Invalid, e.to_string()))?;
-        let unsupported = |what: &str| Err((v1::RefuseReason::Unsupported, format!("{what} is not supported")));
+        let unsupported =
+            |what: &str| Err((v1::RefuseReason::Unsupported, format!("{what} is not supported")));
         if until == Until::Hidden {
             return unsupported("computing hidden states");
         }
@@ -143,7 +144,8 @@ impl Core {
         now: Time,
     ) -> Result<(LegKey, SequenceSpec), Refusal> {
         let invalid = |message: String| (v1::RefuseReason::Invalid, message);
-        let request = convert::read_id128("Start.request", &start.request).map_err(|e| invalid(e.to_string()))?;
+        let request =
+            convert::read_id128("Start.request", &start.request).map_err(|e| invalid(e.to_string()))?;
         let prompt = start.prompt_tokens as usize;
         if prompt == 0 || prompt > start.tokens.len() {
             return Err(invalid(format!("prompt_tokens is {prompt} of {} tokens", start.tokens.len())));
@@ -172,7 +174,11 @@ impl Core {
             arrived: Time(now.0.saturating_sub(waited.as_nanos() as u64)),
             seed: chain_seed(&constants.identity, constants.strict, &start.salt, &start.adapter),
         };
-        let key = LegKey { request: RequestId(request), choice: Choice(start.choice), attempt: Attempt(start.attempt) };
+        let key = LegKey {
+            request: RequestId(request),
+            choice: Choice(start.choice),
+            attempt: Attempt(start.attempt),
+        };
         Ok((key, spec))
     }
 

@@ -97,7 +97,8 @@ impl Answer {
             }
         }
         let stops: Vec<StopRules> = requests.iter().map(|request| request.stop.clone()).collect();
-        let generations = try_join_all(requests.into_iter().map(|request| app.generate.start(request))).await?;
+        let generations =
+            try_join_all(requests.into_iter().map(|request| app.generate.start(request))).await?;
         let route = generations.first().and_then(|generation| generation.route().cloned());
         let choices = generations.len();
         let steps = generations.into_iter().zip(stops).enumerate().map(|(index, (generation, stop))| {

@@ -131,10 +131,13 @@ fn read_parts(i: usize, parts: Vec<Value>) -> Result<String, ApiError> {
         match part["type"].as_str() {
             Some("text") => {
                 let piece = part["text"].as_str();
-                text.push_str(piece.ok_or_else(|| ApiError::invalid(&at, format!("{at}.text must be a string")))?);
+                text.push_str(
+                    piece.ok_or_else(|| ApiError::invalid(&at, format!("{at}.text must be a string")))?,
+                );
             }
             Some(other) => {
-                let message = format!("content of type {other:?} is not supported in this version; it has text");
+                let message =
+                    format!("content of type {other:?} is not supported in this version; it has text");
                 return Err(ApiError::unsupported(&at, message));
             }
             None => return Err(ApiError::invalid(&at, format!("{at} needs a type, such as text"))),
@@ -155,7 +158,10 @@ async fn encode(
     let encode = move || model.encode_chat(&messages, add_generation_prompt, &extra);
     let ids = off_network(length, encode).await??;
     if ids.is_empty() {
-        return Err(ApiError::invalid("messages", "the messages are empty once the template has written them"));
+        return Err(ApiError::invalid(
+            "messages",
+            "the messages are empty once the template has written them",
+        ));
     }
     Ok(ids.into())
 }
@@ -225,7 +231,8 @@ impl Writer {
         };
         let content = tokens.iter().map(|sampled| {
             let mut body = entry(sampled.token, sampled.logprob.unwrap_or(f32::NEG_INFINITY));
-            body["top_logprobs"] = sampled.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
+            body["top_logprobs"] =
+                sampled.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
             body
         });
         json!({ "content": content.collect::<Vec<_>>(), "refusal": null })

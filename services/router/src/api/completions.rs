@@ -88,7 +88,9 @@ async fn take_prompts(fields: &mut Fields, model: &Arc<Model>) -> Result<Vec<Arc
             Value::String(text) => {
                 let model = model.clone();
                 let encoded = off_network(text.len(), move || model.encode(&text)).await?;
-                encoded.map_err(|why| ApiError::invalid("prompt", format!("prompt cannot be tokenized: {why}")))?
+                encoded.map_err(|why| {
+                    ApiError::invalid("prompt", format!("prompt cannot be tokenized: {why}"))
+                })?
             }
             Value::Array(_) => token_ids("prompt", &prompt, model)?,
             other => return Err(wrong_type("prompt", wanted, &other)),

@@ -16,15 +16,21 @@ pub(crate) struct ApiError {
     pub(crate) code: Option<&'static str>,
     pub(crate) param: Option<String>,
     message: String,
-    header: Option<(header::HeaderName, HeaderValue)>,
+    /// Says when to try again.
+    retry: bool,
 }
 
 const INVALID: &str = "invalid_request_error";
 const SERVER: &str = "server_error";
 
 impl ApiError {
-    fn new(status: StatusCode, kind: &'static str, code: &'static str, message: impl Into<String>) -> ApiError {
-        ApiError { status, kind, code: Some(code), param: None, message: message.into(), header: None }
+    fn new(
+        status: StatusCode,
+        kind: &'static str,
+        code: &'static str,
+        message: impl Into<String>,
+    ) -> ApiError {
+        ApiError { status, kind, code: Some(code), param: None, message: message.into(), retry: false }
     }
 
     /// A parameter that is not as it must be.
@@ -58,7 +64,9 @@ impl ApiError {
     }
 
     pub(crate) fn unknown_path(path: &str) -> ApiError {
-        let message = format!("there is no {path}; the API has /v1/chat/completions, /v1/completions, /v1/models and /health");
+        let message = format!(
+            "there is no {path}; the API has /v1/chat/completions, /v1/completions, /v1/models and /health"
+        );
         ApiError::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
     }
 
@@ -92,8 +100,8 @@ impl ApiError {
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
         let mut response = (self.status, Json(self.body())).into_response();
-        if let Some((name, value)) = self.header {
-            response.headers_mut().insert(name, value);
+        if self.retry {
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
         }
         response
     }
@@ -103,9 +111,8 @@ impl From<DispatchError> for ApiError {
     fn from(error: DispatchError) -> ApiError {
         let message = error.to_string();
         let unavailable = |code| {
-            let after = (header::RETRY_AFTER, HeaderValue::from_static("1"));
             let error = ApiError::new(StatusCode::SERVICE_UNAVAILABLE, SERVER, code, message.clone());
-            ApiError { header: Some(after), ..error }
+            ApiError { retry: true, ..error }
         };
         match error {
             DispatchError::Overloaded { .. } => unavailable("overloaded"),

@@ -30,14 +30,18 @@ impl Fields {
     }
 
     pub(crate) fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
-        self.take(name).map(|value| match value {
-            Value::String(text) => Ok(text),
-            other => Err(wrong_type(name, "a string", &other)),
-        }).transpose()
+        self.take(name)
+            .map(|value| match value {
+                Value::String(text) => Ok(text),
+                other => Err(wrong_type(name, "a string", &other)),
+            })
+            .transpose()
     }
 
     pub(crate) fn bool(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
-        self.take(name).map(|value| value.as_bool().ok_or_else(|| wrong_type(name, "true or false", &value))).transpose()
+        self.take(name)
+            .map(|value| value.as_bool().ok_or_else(|| wrong_type(name, "true or false", &value)))
+            .transpose()
     }
 
     /// A whole number within bounds.
@@ -61,10 +65,12 @@ impl Fields {
     }
 
     pub(crate) fn object(&mut self, name: &str) -> Result<Option<Fields>, ApiError> {
-        self.take(name).map(|value| match value {
-            Value::Object(fields) => Ok(Fields(fields)),
-            other => Err(wrong_type(name, "an object", &other)),
-        }).transpose()
+        self.take(name)
+            .map(|value| match value {
+                Value::Object(fields) => Ok(Fields(fields)),
+                other => Err(wrong_type(name, "an object", &other)),
+            })
+            .transpose()
     }
 
     pub(crate) fn into_map(self) -> Map<String, Value> {

@@ -70,7 +70,8 @@ const REQUEST_ID: &str = "x-request-id";
 
 async fn name_request(mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).and_then(|value| value.to_str().ok());
-    let sane = |name: &&str| (1..=128).contains(&name.len()) && name.bytes().all(|b| (0x21..0x7f).contains(&b));
+    let sane =
+        |name: &&str| (1..=128).contains(&name.len()) && name.bytes().all(|b| (0x21..0x7f).contains(&b));
     let name = given.filter(sane).map_or_else(|| format!("{:032x}", seam::random_u128()), str::to_owned);
     request.extensions_mut().insert(RequestName(name.clone()));
     let mut response = next.run(request).await;
@@ -80,16 +81,24 @@ async fn name_request(mut request: Request, next: Next) -> Response {
 }
 
 /// Reads a JSON body whole, within its limit, and says what is wrong with it.
-pub(crate) async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> Result<fields::Fields, ApiError> {
+pub(crate) async fn read_body(
+    app: &App,
+    headers: &HeaderMap,
+    body: Body,
+) -> Result<fields::Fields, ApiError> {
     if let Some(kind) = headers.get(header::CONTENT_TYPE) {
         let kind = kind.to_str().unwrap_or_default();
         let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
         if !(essence.is_empty() || essence == "application/json" || essence.ends_with("+json")) {
-            return Err(ApiError::unsupported_media(&format!("content type {kind:?}; send application/json")));
+            return Err(ApiError::unsupported_media(&format!(
+                "content type {kind:?}; send application/json"
+            )));
         }
     }
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| *coding != "identity") {
-        return Err(ApiError::unsupported_media(&format!("content encoding {coding:?}; send the body as it is")));
+        return Err(ApiError::unsupported_media(&format!(
+            "content encoding {coding:?}; send the body as it is"
+        )));
     }
     let max = app.options.body_bytes_max;
     let too_large = || ApiError::too_large(max);

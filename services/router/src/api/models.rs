@@ -19,7 +19,11 @@ async fn list(State(app): State<Arc<App>>) -> Json<Value> {
 }
 
 async fn one(State(app): State<Arc<App>>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    if id == app.model.name { Ok(Json(describe(&app))) } else { Err(ApiError::unknown_model(&id, &app.model.name)) }
+    if id == app.model.name {
+        Ok(Json(describe(&app)))
+    } else {
+        Err(ApiError::unknown_model(&id, &app.model.name))
+    }
 }
 
 fn describe(app: &App) -> Value {

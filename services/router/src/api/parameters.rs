@@ -20,9 +20,27 @@ const STOP_CHARS_MAX: usize = 1024;
 
 /// Known parameters that this version does not have; refused where they say anything.
 const UNSUPPORTED: &[&str] = &[
-    "tools", "tool_choice", "functions", "function_call", "parallel_tool_calls", "audio", "modalities", "prediction",
-    "web_search_options", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs",
-    "best_of", "suffix", "prompt_logprobs", "use_beam_search", "length_penalty", "allowed_token_ids", "bad_words",
+    "tools",
+    "tool_choice",
+    "functions",
+    "function_call",
+    "parallel_tool_calls",
+    "audio",
+    "modalities",
+    "prediction",
+    "web_search_options",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "structured_outputs",
+    "best_of",
+    "suffix",
+    "prompt_logprobs",
+    "use_beam_search",
+    "length_penalty",
+    "allowed_token_ids",
+    "bad_words",
 ];
 
 /// What both endpoints understand alike.
@@ -64,7 +82,10 @@ impl Parameters {
         }
         let min_tokens = fields.integer("min_tokens", 0, i64::from(u32::MAX))?.unwrap_or(0) as u32;
         if max_tokens.is_some_and(|max| min_tokens > max) {
-            return Err(ApiError::invalid("min_tokens", format!("min_tokens {min_tokens} is above max_tokens")));
+            return Err(ApiError::invalid(
+                "min_tokens",
+                format!("min_tokens {min_tokens} is above max_tokens"),
+            ));
         }
         Ok(Parameters {
             n: fields.integer("n", 1, CHOICES_MAX)?.unwrap_or(1) as u32,
@@ -84,7 +105,12 @@ impl Parameters {
     }
 
     /// The rules for a prompt of this length, or why it does not fit.
-    pub(crate) fn stop_rules(&self, model: &Model, prompt: usize, param: &str) -> Result<StopRules, ApiError> {
+    pub(crate) fn stop_rules(
+        &self,
+        model: &Model,
+        prompt: usize,
+        param: &str,
+    ) -> Result<StopRules, ApiError> {
         let context = model.context_tokens as usize;
         let room = context.saturating_sub(prompt);
         let wanted = self.max_tokens.map_or(1, |max| max as usize);
@@ -109,7 +135,9 @@ impl Parameters {
 
 fn check_model(fields: &mut Fields, model: &Model) -> Result<(), ApiError> {
     match fields.string("model")? {
-        None => Err(ApiError::invalid("model", format!("model is missing; this cluster serves {:?}", model.name))),
+        None => {
+            Err(ApiError::invalid("model", format!("model is missing; this cluster serves {:?}", model.name)))
+        }
         Some(name) if name == model.name => Ok(()),
         Some(name) => Err(ApiError::unknown_model(&name, &model.name)),
     }
@@ -142,7 +170,11 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     }
 }
 
-fn take_sampling(fields: &mut Fields, model: &Model, logprobs: Option<u32>) -> Result<SamplingParams, ApiError> {
+fn take_sampling(
+    fields: &mut Fields,
+    model: &Model,
+    logprobs: Option<u32>,
+) -> Result<SamplingParams, ApiError> {
     let defaults = &model.defaults;
     let top_k = fields.integer("top_k", -1, i64::from(u32::MAX))?.map(|k| k.max(0) as u32);
     let top_p = fields.number("top_p", 0.0, 1.0)?;
@@ -177,7 +209,8 @@ fn take_logit_bias(fields: &mut Fields, model: &Model) -> Result<Vec<(TokenId, f
         let token = key.parse::<TokenId>().ok().filter(|&token| token < model.vocab);
         let token = token.ok_or_else(|| wrong(format!("{key:?} is not a token id below {}", model.vocab)))?;
         let bias = value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
-        let bias = bias.ok_or_else(|| wrong(format!("the bias of token {token} must be a number from -100 to 100")))?;
+        let bias = bias
+            .ok_or_else(|| wrong(format!("the bias of token {token} must be a number from -100 to 100")))?;
         read.insert(token, bias as f32);
     }
     Ok(read.into_iter().collect())
@@ -199,10 +232,15 @@ fn take_stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
         Some(other) => return Err(wrong_type("stop", "a string or a list of strings", &other)),
     };
     if stops.len() > STOPS_MAX {
-        return Err(ApiError::invalid("stop", format!("stop has {} strings but may have {STOPS_MAX}", stops.len())));
+        return Err(ApiError::invalid(
+            "stop",
+            format!("stop has {} strings but may have {STOPS_MAX}", stops.len()),
+        ));
     }
     let read = stops.into_iter().map(|stop| match stop {
-        Value::String(stop) if stop.is_empty() => Err(ApiError::invalid("stop", "a stop string must not be empty")),
+        Value::String(stop) if stop.is_empty() => {
+            Err(ApiError::invalid("stop", "a stop string must not be empty"))
+        }
         Value::String(stop) if stop.chars().count() > STOP_CHARS_MAX => {
             Err(ApiError::invalid("stop", format!("a stop string may have {STOP_CHARS_MAX} characters")))
         }
@@ -237,7 +275,9 @@ pub(crate) fn token_ids(name: &str, ids: &Value, model: &Model) -> Result<Vec<To
 fn take_class(fields: &mut Fields) -> Result<ServiceClass, ApiError> {
     match fields.string("service_tier")?.as_deref() {
         None | Some("auto" | "default" | "priority" | "standard") => Ok(ServiceClass::Online),
-        Some("flex") => Err(ApiError::unsupported("service_tier", "service_tier flex is not in this version")),
+        Some("flex") => {
+            Err(ApiError::unsupported("service_tier", "service_tier flex is not in this version"))
+        }
         Some(other) => Err(ApiError::invalid("service_tier", format!("service_tier {other:?} is not known"))),
     }
 }

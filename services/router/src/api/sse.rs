@@ -24,7 +24,8 @@ pub(crate) trait Chunks: Send + 'static {
 
 /// An event stream over an answer. Dropping it, as a client that leaves does, cancels the answer.
 pub(crate) fn respond(answer: Answer, chunks: impl Chunks, include_usage: bool) -> Response {
-    let state = Events { answer, chunks, include_usage, begun: Vec::new(), ready: VecDeque::new(), over: false };
+    let state =
+        Events { answer, chunks, include_usage, begun: Vec::new(), ready: VecDeque::new(), over: false };
     let body = stream::unfold(state, |mut state| async move {
         let bytes = state.next().await?;
         Some((Ok::<_, Infallible>(bytes), state))

@@ -15,8 +15,8 @@ use tokenizers::Tokenizer;
 
 pub(crate) use detokenize::Detokenizer;
 pub(crate) use stop::StopStrings;
-pub(crate) use template::{Message, TemplateError};
 use template::Template;
+pub(crate) use template::{Message, TemplateError};
 
 /// Why a model's text side cannot be used. Names the file and the fact.
 #[derive(Debug, thiserror::Error)]
@@ -59,7 +59,8 @@ impl Model {
     pub(crate) fn open(dir: &Path, name: String, context_tokens: Option<u32>) -> Result<Model, OpenError> {
         let config = read_json(&dir.join("config.json"))?;
         let file = dir.join("tokenizer.json");
-        let special = Tokenizer::from_file(&file).map_err(|error| OpenError { file, fact: error.to_string() })?;
+        let special =
+            Tokenizer::from_file(&file).map_err(|error| OpenError { file, fact: error.to_string() })?;
         let mut plain = special.clone();
         plain.set_encode_special_tokens(true);
         let mut specials: Vec<String> = special
@@ -71,7 +72,8 @@ impl Model {
         // Longer ones first: one may begin with another.
         specials.sort_by_key(|text| std::cmp::Reverse(text.len()));
         let generation = optional_json(&dir.join("generation_config.json"))?;
-        let eos = [&generation["eos_token_id"], &config["eos_token_id"]].into_iter().find(|ids| !ids.is_null());
+        let eos =
+            [&generation["eos_token_id"], &config["eos_token_id"]].into_iter().find(|ids| !ids.is_null());
         let context = context_tokens.or_else(|| config["max_position_embeddings"].as_u64().map(|n| n as u32));
         let missing = |fact: &str| OpenError { file: dir.join("config.json"), fact: fact.to_owned() };
         let vocab = special.get_vocab_size(true) as u64;
@@ -101,7 +103,8 @@ impl Model {
         extra: &serde_json::Map<String, Value>,
     ) -> Result<Vec<TokenId>, TemplateError> {
         let template = self.template.as_ref().ok_or(TemplateError::Missing)?;
-        let written: bool = messages.iter().any(|m| self.specials.iter().any(|s| m.content.contains(s.as_str())));
+        let written: bool =
+            messages.iter().any(|m| self.specials.iter().any(|s| m.content.contains(s.as_str())));
         if !written {
             let text = template.render(messages, add_generation_prompt, extra)?;
             return self.encode_pieces(&text);
@@ -119,9 +122,11 @@ impl Model {
             if i % 2 == 0 {
                 ids.extend(self.encode_pieces(part)?);
             } else {
-                let index: usize = part.parse().map_err(|_| TemplateError::Render("the template changes text".into()))?;
+                let index: usize =
+                    part.parse().map_err(|_| TemplateError::Render("the template changes text".into()))?;
                 let text = self.specials[index].as_str();
-                let encoded = self.plain.encode_fast(text, false).map_err(|e| TemplateError::Render(e.to_string()))?;
+                let encoded =
+                    self.plain.encode_fast(text, false).map_err(|e| TemplateError::Render(e.to_string()))?;
                 ids.extend(encoded.get_ids());
             }
         }
@@ -212,7 +217,8 @@ mod tests {
     fn a_chat_is_the_rendered_template_in_tokens() {
         let model = model();
         let ids = model.encode_chat(&user("The cat sees 3 apples."), true, &Default::default()).unwrap();
-        let text = "<|im_start|>user\nThe cat sees 3 apples.<|im_end|>\n<|im_start|>assistant\n";
+        // This template's dashes take its line breaks away.
+        let text = "<|im_start|>user\nThe cat sees 3 apples.<|im_end|><|im_start|>assistant";
         assert_eq!(ids, model.special.encode(text, false).unwrap().get_ids());
         assert_eq!(model.decode(&ids, false), text);
     }
@@ -226,7 +232,7 @@ mod tests {
         let count = |id| ids.iter().filter(|&&other| other == id).count();
         assert_eq!(count(control("<|im_start|>")), 2, "those of the template");
         assert_eq!(count(control("<|im_end|>")), 1, "that of the template");
-        let text = format!("<|im_start|>user\n{evil}<|im_end|>\n<|im_start|>assistant\n");
+        let text = format!("<|im_start|>user\n{evil}<|im_end|><|im_start|>assistant");
         assert_eq!(model.decode(&ids, false), text, "and the text is the same");
     }
 

@@ -81,7 +81,11 @@ mod tests {
         assert_eq!(run(&["END"], false, &pieces(&["abE", "N", "Dxyz"])), ("ab".into(), Some("END".into())));
         assert_eq!(run(&["END"], true, &pieces(&["abE", "N", "Dxyz"])), ("abEND".into(), Some("END".into())));
         assert_eq!(run(&["END"], false, &pieces(&["abE", "N", "x"])), ("abENx".into(), None));
-        assert_eq!(run(&["END"], false, &pieces(&["abEN"])), ("abEN".into(), None), "held text comes at the end");
+        assert_eq!(
+            run(&["END"], false, &pieces(&["abEN"])),
+            ("abEN".into(), None),
+            "held text comes at the end"
+        );
         assert_eq!(run(&["é!"], false, &pieces(&["caf", "é", "!"])), ("caf".into(), Some("é!".into())));
     }
 

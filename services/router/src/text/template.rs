@@ -165,8 +165,18 @@ fn write_json(value: &Value, indent: Option<usize>, depth: usize, out: &mut Stri
 /// The directives that chat templates use, in UTC.
 fn strftime(format: &str, unix_seconds: u64) -> String {
     const MONTHS: [&str; 12] = [
-        "January", "February", "March", "April", "May", "June", "July", "August", "September", "October",
-        "November", "December",
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
     ];
     const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let (days, seconds) = (unix_seconds / 86_400, unix_seconds % 86_400);
@@ -243,7 +253,8 @@ mod tests {
 
     #[test]
     fn what_a_template_raises_is_its_own_sentence() {
-        let source = "{% if messages[0].role != 'user' %}{{ raise_exception('Begin with user.') }}{% endif %}";
+        let source =
+            "{% if messages[0].role != 'user' %}{{ raise_exception('Begin with user.') }}{% endif %}";
         let error = render(source, &[("assistant", "x")]).unwrap_err();
         assert!(matches!(&error, TemplateError::Refused(text) if text == "Begin with user."), "{error}");
     }
