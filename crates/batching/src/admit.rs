@@ -1,10 +1,11 @@
 //! Two decisions: who gets pages (does it fit in memory?), and what goes into the next step (does it fit in
 //! the budget?).
 
-use tandem_kv_cache::KvCache;
+use tandem_kv_cache::{KvCache, Table};
 use tandem_types::{BLOCK_TOKENS, FinishReason, Time};
 
 use crate::batcher::{Batcher, Event, Flight, FlightRow};
+use crate::sequence::Sequence;
 use crate::{Input, Plan, Row, SequenceId, SlotOpen};
 
 impl Batcher {
@@ -13,6 +14,7 @@ impl Batcher {
         if self.in_flight.len() > self.config.depth as usize {
             return None;
         }
+        self.end_spent(kv, now);
         self.admit(kv, now);
         let chosen = self.choose(kv, now);
         if chosen.is_empty() {
@@ -28,139 +30,155 @@ impl Batcher {
         plan.same_shape_steps = self.same_shape_steps(&plan);
         self.slots.give_back(&plan.close);
         self.in_flight.push_back(Flight { id: plan.id, rows });
+        self.debug_check_books();
         Some(plan)
     }
 
-    fn by_age(&self, keep: impl Fn(&crate::sequence::Sequence) -> bool) -> Vec<SequenceId> {
+    fn by_age(&self, keep: impl Fn(&Sequence) -> bool) -> Vec<SequenceId> {
         let mut ids: Vec<_> =
             self.sequences.values().filter(|s| keep(s)).map(|s| (s.age(), s.spec.id)).collect();
         ids.sort_unstable();
         ids.into_iter().map(|(_, id)| id).collect()
     }
 
+    /// Ends what came with nothing left to draw: `max_tokens` or the context is used up.
+    fn end_spent(&mut self, kv: &mut KvCache, now: Time) {
+        let context = self.config.context_tokens;
+        for id in self.by_age(|s| s.draws_in_flight == 0 && s.draws_left(context) == 0) {
+            self.end_by_length(id, kv, now);
+        }
+    }
+
     /// Gives pages to waiting sequences, the oldest first. Nobody passes an older one that waits for memory.
     fn admit(&mut self, kv: &mut KvCache, now: Time) {
-        let mut running = self.running();
-        if running == self.sequences.len() {
+        if self.waiting() == 0 {
             return;
         }
+        // Paused ones have pages but no rows; they keep nobody out.
+        let mut active = self.sequences.values().filter(|s| s.table.is_some() && !s.paused).count();
         let context = self.config.context_tokens;
         for id in self.by_age(|s| s.table.is_none() && !s.paused) {
-            if running >= self.config.rows_max as usize {
+            if active >= self.config.rows_max as usize {
                 return;
             }
-            let sequence = self.sequences.get_mut(&id).expect("listed above");
-            let known = sequence.known();
-            let room = if kv.fits_ever(sequence.wanted_room(context)) {
-                sequence.wanted_room(context)
-            } else if kv.fits_ever(known) {
-                known
-            } else {
-                let sequence = self.sequences.remove(&id).expect("listed above");
-                self.bury(sequence, kv, now);
-                self.events.push(Event::Rejected { id });
+            let sequence = &self.sequences[&id];
+            let wanted = sequence.wanted_room(context);
+            let room = if kv.fits_ever(wanted) { wanted } else { sequence.known() };
+            if !kv.fits_ever(room) {
+                self.remove(id, Event::Rejected { id }, kv, now);
                 continue;
-            };
-            let Ok((table, cached)) = kv.open(sequence.chain.hashes(), known, room, now) else { return };
+            }
+            let Some((table, cached)) = self.open(id, room, kv, now) else { return };
+            let sequence = self.sequences.get_mut(&id).expect("listed above");
             sequence.table = Some(table);
             sequence.computed = cached;
             sequence.submitted = cached;
             sequence.cached = cached;
-            running += 1;
+            active += 1;
             self.events.push(Event::Admitted { id, cached_tokens: cached });
+        }
+    }
+
+    /// Pages for a waiting sequence, if need be those of paused ones; never of one that gets rows.
+    fn open(&mut self, id: SequenceId, room: u32, kv: &mut KvCache, now: Time) -> Option<(Table, u32)> {
+        loop {
+            let sequence = &self.sequences[&id];
+            if let Ok(opened) = kv.open(sequence.chain.hashes(), sequence.known(), room, now) {
+                return Some(opened);
+            }
+            if !self.graveyard.is_empty() {
+                return None; // pages are on their way back with a plan in flight
+            }
+            let victim = self.preemptible().find(|s| s.paused)?.spec.id;
+            self.remove(victim, Event::Preempted { id: victim }, kv, now);
         }
     }
 
     /// Which sequences get how many positions: decodes first, then prompts, the oldest first of each.
     fn choose(&mut self, kv: &mut KvCache, now: Time) -> Vec<(SequenceId, u32)> {
         let context = self.config.context_tokens;
-        let (mut budget, rows_max) = (self.config.token_budget, self.config.rows_max as usize);
-        let mut chosen = Vec::new();
-        for id in self.by_age(|s| s.wants_row(context) && s.gap() == 1) {
-            if budget == 0 || chosen.len() == rows_max {
-                break;
-            }
-            if self.make_room(id, 1, kv, now, &mut chosen) {
-                chosen.push((id, 1));
-                budget = self.config.token_budget - chosen.len() as u32;
-            }
-        }
-        for id in self.by_age(|s| s.wants_row(context) && s.gap() > 1) {
-            if budget == 0 || chosen.len() == rows_max {
+        let mut chosen: Vec<(SequenceId, u32)> = Vec::new();
+        let decodes = self.by_age(|s| s.wants_row(context) && s.gap() == 1);
+        let prompts = self.by_age(|s| s.wants_row(context) && s.gap() > 1);
+        for id in decodes.into_iter().chain(prompts) {
+            // From scratch each time: rows that were preempted for others give their budget back.
+            let budget = self.config.token_budget - chosen.iter().map(|(_, count)| count).sum::<u32>();
+            if budget == 0 || chosen.len() == self.config.rows_max as usize {
                 break;
             }
             let Some(sequence) = self.sequences.get(&id) else { continue };
-            // A prompt has its pages from admission; only tokens drawn before may need more.
             let count = sequence.gap().min(budget);
-            let decodes = chosen.len();
-            if self.make_room(id, count, kv, now, &mut chosen) {
+            if self.make_room(id, count, kv, now) {
                 chosen.push((id, count));
-                budget -= count;
             }
-            // Rows that were preempted for it give their budget back.
-            budget += (decodes + 1).saturating_sub(chosen.len()) as u32;
+            chosen.retain(|(id, _)| self.sequences.contains_key(id));
         }
         chosen
     }
 
     /// Sees to it that the sequence's pages hold `count` more positions, preempting the youngest if need be.
     /// False if it gets no row this time.
-    fn make_room(
-        &mut self,
-        id: SequenceId,
-        count: u32,
-        kv: &mut KvCache,
-        now: Time,
-        chosen: &mut Vec<(SequenceId, u32)>,
-    ) -> bool {
+    fn make_room(&mut self, id: SequenceId, count: u32, kv: &mut KvCache, now: Time) -> bool {
         loop {
             let Some(sequence) = self.sequences.get_mut(&id) else { return false };
             let wanted = sequence.submitted + count;
-            if sequence.room() >= wanted {
-                return true;
-            }
             let table = sequence.table.as_mut().expect("only admitted sequences get rows");
             if kv.grow(table, wanted).is_ok() {
                 return true;
             }
-            let Some(victim) = self.youngest_preemptible() else { return false };
-            if victim == id && self.is_alone(id, kv) {
-                // Nobody else holds anything: waiting would be for ever.
-                self.end_by_length(id, kv, now);
-                return false;
-            }
             if !self.graveyard.is_empty() {
-                // Pages are on their way back with a plan in flight.
-                return false;
+                return false; // pages are on their way back with a plan in flight
             }
-            let sequence = self.sequences.remove(&victim).expect("it was found among them");
-            self.bury(sequence, kv, now);
-            self.events.push(Event::Preempted { id: victim });
-            chosen.retain(|(other, _)| *other != victim);
+            match self.victim(id) {
+                Some(victim) => self.remove(victim, Event::Preempted { id: victim }, kv, now),
+                None if self.is_alone(id, kv) => {
+                    // Nobody else holds anything: waiting would be for ever.
+                    self.end_by_length(id, kv, now);
+                    return false;
+                }
+                // Leases, pulls or reads hold the rest, and they end. Giving up its own pages would help nobody.
+                None => return false,
+            }
         }
     }
 
-    /// Paused ones first, then the youngest; never one that is granted.
-    fn youngest_preemptible(&self) -> Option<SequenceId> {
-        let running = self.sequences.values().filter(|s| s.table.is_some() && !s.leased);
-        running.max_by_key(|s| (s.paused, s.age())).map(|s| s.spec.id)
+    /// Who goes so that `id` can grow: paused ones first, then the youngest, which may be `id` itself while an
+    /// older one gains by it.
+    fn victim(&self, id: SequenceId) -> Option<SequenceId> {
+        let mut candidates = self.preemptible();
+        let victim = candidates.next()?.spec.id;
+        (victim != id || candidates.next().is_some()).then_some(victim)
+    }
+
+    /// Sequences with pages that are not granted: paused ones first, then the younger before the older.
+    fn preemptible(&self) -> impl Iterator<Item = &Sequence> {
+        let mut running: Vec<_> =
+            self.sequences.values().filter(|s| s.table.is_some() && !s.leased).collect();
+        running.sort_unstable_by_key(|s| std::cmp::Reverse((s.paused, s.age())));
+        running.into_iter()
     }
 
     /// Whether all pages in use are this sequence's own.
     fn is_alone(&self, id: SequenceId, kv: &KvCache) -> bool {
         let own = self.sequences[&id].room() / BLOCK_TOKENS;
-        kv.counts().in_use <= own && self.graveyard.is_empty()
+        kv.counts().in_use <= own
     }
 
+    /// The pool or the context holds no more of it.
     fn end_by_length(&mut self, id: SequenceId, kv: &mut KvCache, now: Time) {
-        let sequence = self.sequences.get(&id).expect("callers have looked it up");
+        let sequence = &self.sequences[&id];
         if sequence.draws_in_flight > 0 {
             return; // its last token is not known yet
         }
         let usage = sequence.usage();
-        let sequence = self.sequences.remove(&id).expect("looked up above");
+        self.remove(id, Event::Finished { id, reason: Some(FinishReason::Length), usage }, kv, now);
+    }
+
+    /// A sequence leaves with its last event.
+    pub(crate) fn remove(&mut self, id: SequenceId, event: Event, kv: &mut KvCache, now: Time) {
+        let sequence = self.sequences.remove(&id).expect("callers have looked it up");
         self.bury(sequence, kv, now);
-        self.events.push(Event::Finished { id, reason: Some(FinishReason::Length), usage });
+        self.events.push(event);
     }
 
     /// Adds a sequence's row to the plan and counts it as submitted.
@@ -200,13 +218,15 @@ impl Batcher {
         FlightRow { id, slot, end, sample }
     }
 
+    /// While every sequence decodes, its next tokens go into the pages it has named, and nobody is at its end.
     fn same_shape_steps(&self, plan: &Plan) -> u32 {
         let context = self.config.context_tokens;
         let all_decode = plan.rows.iter().all(|row| row.count == 1 && row.sample);
         if !all_decode || plan.rows.len() < self.sequences.len() {
             return 0;
         }
-        let steps = self.sequences.values().map(|s| s.draws_left(context).min(s.room() - s.submitted));
+        let rest_of_block = |s: &Sequence| s.submitted.next_multiple_of(BLOCK_TOKENS) - s.submitted;
+        let steps = self.sequences.values().map(|s| s.draws_left(context).min(rest_of_block(s)));
         steps.min().unwrap_or(0)
     }
 }

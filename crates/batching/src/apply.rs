@@ -18,6 +18,7 @@ impl Batcher {
             assert_eq!(row.slot, result.slot, "outcome rows are in the plan's order");
             self.apply_row(row, result, kv, now);
         }
+        self.debug_check_books();
     }
 
     /// The oldest plan failed as a whole: so did its sequences.
@@ -26,6 +27,7 @@ impl Batcher {
         for row in &flight.rows {
             self.leave(row.id, row.slot, Event::Failed { id: row.id }, kv, now);
         }
+        self.debug_check_books();
     }
 
     /// The plan is no longer in flight: pages that only it kept go back.
@@ -71,9 +73,7 @@ impl Batcher {
 
     fn leave(&mut self, id: SequenceId, slot: u32, event: Event, kv: &mut KvCache, now: Time) {
         if self.sequences.get(&id).is_some_and(|s| s.slot == Some(slot)) {
-            let sequence = self.sequences.remove(&id).expect("looked up above");
-            self.bury(sequence, kv, now);
-            self.events.push(event);
+            self.remove(id, event, kv, now);
         }
     }
 }

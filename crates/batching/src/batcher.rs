@@ -13,7 +13,7 @@ use crate::{Origin, SequenceId, SequenceSpec};
 pub struct Config {
     /// Tokens of a step at most.
     pub token_budget: u32,
-    /// Sequences of a step, and sequences with pages, at most.
+    /// Sequences of a step at most. Nobody is admitted while so many have pages and are not paused.
     pub rows_max: u32,
     /// Plans that may be submitted before the oldest is collected, less one.
     pub depth: u32,
@@ -156,8 +156,10 @@ impl Batcher {
 
     /// Takes a sequence in.
     ///
+    /// With nothing left to draw it ends by `Length` in the next plan.
+    ///
     /// # Panics
-    /// If its id is in use, it has no tokens, or nothing is left to compute.
+    /// If its id is in use, it has no tokens, or all of them are computed.
     pub fn add(&mut self, spec: SequenceSpec, origin: Origin) {
         let mut sequence = Sequence::new(spec);
         assert!(sequence.known() > 0, "a sequence has tokens");
@@ -241,6 +243,43 @@ impl Batcher {
     /// of each (its decode) not counted.
     pub fn waiting_tokens(&self) -> u64 {
         self.sequences.values().map(|s| u64::from(s.gap().saturating_sub(1))).sum()
+    }
+
+    /// Compares counters with what is in flight, from scratch.
+    ///
+    /// # Panics
+    /// With a sentence, if anything does not add up.
+    pub fn check_books(&self) {
+        let in_flight = || self.in_flight.iter().flat_map(|flight| &flight.rows);
+        let mut draws: BTreeMap<u32, u32> = BTreeMap::new();
+        for row in in_flight().filter(|row| row.sample) {
+            *draws.entry(row.slot).or_default() += 1;
+        }
+        let mut used = BTreeSet::new();
+        for (id, s) in &self.sequences {
+            let drawing = s.slot.and_then(|slot| draws.get(&slot)).copied().unwrap_or(0);
+            assert_eq!(s.draws_in_flight, drawing, "{id:?} counts other draws than are in flight");
+            assert!(s.computed <= s.submitted && s.submitted <= s.upper(), "{id:?} is ahead of itself");
+            assert!(s.computed < s.known(), "{id:?} has no token left to compute");
+            assert!(s.submitted <= s.room(), "{id:?} has submitted more than its pages hold");
+            assert!(s.slot.is_none_or(|slot| used.insert(slot)), "{id:?} shares its slot");
+        }
+        let closing = self.slots.closing.iter().map(|(slot, _)| slot);
+        for slot in closing.chain(&self.slots.free) {
+            assert!(used.insert(*slot), "slot {slot} is used and let go at once");
+        }
+        assert_eq!(used.len(), self.slots.next as usize, "a slot is lost");
+        for (plan, _) in &self.graveyard {
+            let waits = self.in_flight.iter().any(|flight| flight.id == *plan);
+            assert!(waits, "pages wait for plan {plan}, which is not in flight");
+        }
+    }
+
+    /// The same after every step, where that may cost something.
+    pub(crate) fn debug_check_books(&self) {
+        if cfg!(debug_assertions) {
+            self.check_books();
+        }
     }
 
     /// When to plan again although nothing happened; nothing here is due by itself.

@@ -17,7 +17,7 @@ fn job(seed: u64, index: usize) -> (Vec<u32>, Value) {
     let mut random = Random(seed ^ (index as u64) << 20);
     let length = [3, 31, 32, 33, 64, 90, 200, 420][random.below(8) as usize] + random.below(5) as usize;
     let mut prompt = random.prompt(length);
-    if index % 3 == 0 {
+    if index.is_multiple_of(3) {
         // Shared beginnings, so that prefix caches take part.
         prompt.splice(0..0, Random(1).prompt(70));
     }

@@ -21,7 +21,7 @@ async fn storm(cluster: &TestCluster, requests: usize, latest_ms: u64) {
             "model": cluster.model, "prompt": random.prompt(length), "max_tokens": 1 + random.below(40),
             "ignore_eos": true, "stream": true, "temperature": 0,
         });
-        let leaves = (index % 3 == 0).then(|| Duration::from_micros(random.below(latest_ms * 1000)));
+        let leaves = index.is_multiple_of(3).then(|| Duration::from_micros(random.below(latest_ms * 1000)));
         let api = cluster.api.clone();
         async move {
             let whole = async {

@@ -1,1 +1,405 @@
-//! x
+//! The core alone: commands and outcomes in, output out, time as an argument.
+
+use std::time::Duration;
+
+use tandem_batching::{Batcher, Outcome, Plan, RowOutcome};
+use tandem_kv_cache::{FirstTokenBundle, KvCache, Verdict};
+use tandem_proto::{convert, v1};
+use tandem_types::{
+    Attempt, ClaimId, Handle, Incarnation, KvForm, LeaseId, Role, Sampled, SamplingParams, StopRules, Time,
+    Usage, WorkerId,
+};
+use v1::event::Event;
+
+use super::{Constants, Core, Output, PullFailure, PullOrder, SessionId};
+
+const INCARNATION: Incarnation = Incarnation(77);
+
+fn core_named(id: &str, pages: u32) -> Core {
+    let constants = Constants {
+        id: WorkerId(id.into()),
+        incarnation: INCARNATION,
+        lender: format!("{id}:1"),
+        exports: Vec::new(),
+        identity: Default::default(),
+        form: KvForm::default(),
+        context_tokens: 1000,
+        groups: 1,
+        legs_max: 4,
+        strict: true,
+    };
+    let kv = KvCache::new(tandem_kv_cache::Config {
+        pages,
+        groups: 1,
+        leased_share: 0.5,
+        lease_time_to_live: Duration::from_secs(10),
+        prefix_cache: true,
+    });
+    let batcher = Batcher::new(tandem_batching::Config { context_tokens: 1000, ..Default::default() });
+    let mut next = 0;
+    let draw = move || {
+        next += 1;
+        next
+    };
+    Core::new(constants, Role::Mixed, kv, batcher, Box::new(draw))
+}
+
+/// A core with one session, and what it has said so far.
+struct Worker {
+    core: Core,
+    session: SessionId,
+    now: Time,
+}
+
+impl Worker {
+    fn new(id: &str) -> Worker {
+        let mut core = core_named(id, 32);
+        let session = core.open_session("router-0", 1, Time::ZERO);
+        Worker { core, session, now: Time::ZERO }
+    }
+
+    fn start(&mut self, start: v1::Start) -> Vec<String> {
+        self.core.start(self.session, start, self.now);
+        self.said()
+    }
+
+    /// One step, in which every row that draws draws `token`.
+    fn step(&mut self, token: u32) -> Vec<String> {
+        let Some(plan) = self.core.plan(self.now) else { return self.said() };
+        let outcome = outcome(&plan, token);
+        self.core.collected(outcome, self.now, &mut |_, _, _| {});
+        self.said()
+    }
+
+    fn said(&mut self) -> Vec<String> {
+        let output = self.core.take_output();
+        output.iter().filter_map(say).collect()
+    }
+
+    fn pull(&mut self) -> Box<PullOrder> {
+        let mut output = self.core.take_output().into_iter();
+        output.find_map(|o| if let Output::Pull(order) = o { Some(order) } else { None }).expect("an order")
+    }
+
+    fn handle(&mut self) -> Handle {
+        let mut output = self.core.take_output().into_iter();
+        let found = output.find_map(|o| match o {
+            Output::Event { event: Event::Granted(granted), .. } => granted.handle,
+            _ => None,
+        });
+        Handle::try_from(&found.expect("a grant")).expect("a handle")
+    }
+
+    fn assert_idle(&self) {
+        self.core.check_books();
+        let load = self.core.load();
+        assert_eq!((load.blocks_in_use, load.leases, self.core.leg_count()), (0, 0, 0));
+    }
+}
+
+fn outcome(plan: &Plan, token: u32) -> Outcome {
+    let rows = plan.rows.iter().map(|row| RowOutcome {
+        slot: row.slot,
+        count: row.count,
+        sampled: row.sample.then(|| Sampled { token, ..Sampled::default() }),
+    });
+    Outcome { id: plan.id, rows: rows.collect(), took: Duration::ZERO }
+}
+
+fn say(output: &Output) -> Option<String> {
+    match output {
+        Output::Event { leg, event, .. } => Some(match event {
+            Event::Delta(delta) => format!("{leg}: delta {}={:?}", delta.position, delta.tokens),
+            Event::Granted(_) => format!("{leg}: granted"),
+            Event::Finished(finished) => format!("{leg}: finished {}", finished.reason().as_str_name()),
+            Event::Released(_) => format!("{leg}: released"),
+            Event::Refused(refused) => format!("{leg}: refused {}", refused.reason().as_str_name()),
+            Event::Preempted(_) => format!("{leg}: preempted"),
+            Event::Failed(failed) => format!("{leg}: failed {}", failed.reason().as_str_name()),
+        }),
+        Output::Follow { event, .. } => Some(match event {
+            v1::follow_event::Event::Ready(_) => "ready".into(),
+            v1::follow_event::Event::Sealed(_) => "sealed".into(),
+            v1::follow_event::Event::Done(_) => "done".into(),
+            v1::follow_event::Event::Lost(_) => "lost".into(),
+            v1::follow_event::Event::Superseded(_) => "superseded".into(),
+            other => format!("{other:?}"),
+        }),
+        Output::Pull(_) => Some("pull".into()),
+        Output::StopPull(_) => Some("stop pull".into()),
+        Output::CloseSession(_) => Some("close session".into()),
+        Output::Stage(_) | Output::Left(_) => None,
+    }
+}
+
+/// A Start of leg `leg` for 40 tokens of prompt and three of answer.
+fn start(leg: u32, attempt: u32, until: v1::Until) -> v1::Start {
+    v1::Start {
+        leg,
+        request: convert::id128(5),
+        attempt,
+        worker_incarnation: INCARNATION.0,
+        until: until as i32,
+        remaining_ms: 60_000,
+        tokens: (0..40).collect(),
+        prompt_tokens: 40,
+        sampling: Some((&SamplingParams::default()).into()),
+        stop: Some((&StopRules { max_tokens: 3, eos: vec![99], ..StopRules::default() }).into()),
+        ..v1::Start::default()
+    }
+}
+
+fn with_handle(mut start: v1::Start, handle: &Handle) -> v1::Start {
+    start.inputs = vec![handle.into()];
+    start
+}
+
+fn bundle(token: u32) -> FirstTokenBundle {
+    let usage = Usage { prompt_tokens: 40, cached_tokens: 0, output_tokens: 1 };
+    FirstTokenBundle { sampled: Sampled { token, ..Sampled::default() }, usage }
+}
+
+#[test]
+fn a_mixed_worker_answers_alone() {
+    let mut w = Worker::new("w");
+    assert!(w.start(start(1, 1, v1::Until::End)).is_empty());
+    assert_eq!(w.step(7), ["1: delta 0=[7]"]);
+    assert_eq!(w.step(8), ["1: delta 1=[8]"]);
+    assert_eq!(w.step(9), ["1: delta 2=[9]", "1: finished FINISH_REASON_LENGTH", "1: released"]);
+    w.assert_idle();
+}
+
+#[test]
+fn a_prefill_is_granted_sealed_pulled_and_released() {
+    let mut w = Worker::new("p");
+    w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
+    let plan = w.core.plan(w.now).expect("a prompt to compute");
+    let handle = w.handle();
+    assert_eq!((handle.tokens, handle.groups[0].pages.len()), (40, 2));
+    assert!(w.core.follow(handle.lease, Attempt(2), ClaimId(9), w.now));
+    w.core.collected(outcome(&plan, 7), w.now, &mut |group, page, rows| {
+        assert_eq!(
+            (group, page, rows),
+            (0, handle.groups[0].pages[1].page, 8),
+            "the tail is zeroed before the seal"
+        );
+    });
+    assert_eq!(w.said(), ["1: delta 0=[7]", "ready", "ready", "sealed"]);
+    assert_eq!(w.core.end_claim(handle.lease, ClaimId(9), true, w.now), Verdict::Held);
+    assert_eq!(w.said(), ["1: released"]);
+    w.assert_idle();
+}
+
+#[test]
+fn a_hand_off_is_pulled_and_its_first_delta_repeats_the_bundles_token() {
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let handle = p.handle();
+
+    let mut d = Worker::new("d");
+    d.core.start(d.session, with_handle(start(4, 2, v1::Until::End), &handle), d.now);
+    let order = d.pull();
+    assert_eq!((order.attempt, order.skip_blocks, order.local[0].len()), (Attempt(2), 0, 2));
+    d.core.pull_done(order.sequence, 40, bundle(7), d.now);
+    assert_eq!(d.said(), ["4: delta 0=[7]"]);
+    assert_eq!(d.step(8), ["4: delta 1=[8]"]);
+    assert_eq!(d.step(99), ["4: delta 2=[99]", "4: finished FINISH_REASON_EOS", "4: released"]);
+    d.assert_idle();
+}
+
+#[test]
+fn what_a_worker_granted_itself_it_takes_over_without_a_pull() {
+    let mut w = Worker::new("w");
+    w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
+    let plan = w.core.plan(w.now).expect("a prompt");
+    let handle = w.handle();
+    w.core.collected(outcome(&plan, 7), w.now, &mut |_, _, _| {});
+    w.said();
+    assert_eq!(w.start(with_handle(start(2, 2, v1::Until::End), &handle)), ["2: delta 0=[7]", "1: released"]);
+    w.step(8);
+    w.step(9);
+    w.assert_idle();
+}
+
+#[test]
+fn a_cancel_frees_everything_at_every_stage() {
+    // Waiting, computing, handed off, being pulled by somebody.
+    for steps in 0..3 {
+        let mut w = Worker::new("w");
+        w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
+        let plan = (steps > 0).then(|| w.core.plan(w.now).expect("a prompt"));
+        if let (Some(plan), true) = (&plan, steps > 1) {
+            w.core.collected(outcome(plan, 7), w.now, &mut |_, _, _| {});
+        }
+        w.core.take_output();
+        w.core.cancel(w.session, 1, w.now);
+        assert_eq!(w.said(), ["1: released"], "after {steps} steps");
+        if let (Some(plan), 1) = (&plan, steps) {
+            // The step that was running names its pages until it is collected.
+            assert_eq!(w.core.load().blocks_in_use, 2);
+            w.core.collected(outcome(plan, 7), w.now, &mut |_, _, _| {});
+            assert!(w.said().is_empty());
+        }
+        w.assert_idle();
+    }
+}
+
+#[test]
+fn a_cancelled_pull_keeps_its_pages_until_nothing_writes_to_them() {
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let handle = p.handle();
+    let mut d = Worker::new("d");
+    d.core.start(d.session, with_handle(start(4, 2, v1::Until::End), &handle), d.now);
+    let order = d.pull();
+    d.core.cancel(d.session, 4, d.now);
+    assert_eq!(d.said(), ["stop pull"]);
+    assert_eq!(d.core.load().blocks_in_use, 2);
+    d.core.pull_failed(order.sequence, PullFailure::Transfer("cancelled".into()), d.now);
+    assert_eq!(d.said(), ["4: released"]);
+    d.assert_idle();
+}
+
+#[test]
+fn a_pull_that_fails_says_why_and_holds_nothing() {
+    let cases = [
+        (PullFailure::Done, "4: released"),
+        (PullFailure::Unreachable("x".into()), "4: refused REFUSE_REASON_UNREACHABLE"),
+        (PullFailure::Incompatible("x".into()), "4: refused REFUSE_REASON_INCOMPATIBLE"),
+        (PullFailure::Transfer("x".into()), "4: failed FAIL_REASON_TRANSFER"),
+        (PullFailure::Lost("x".into()), "4: failed FAIL_REASON_LEASE_LOST"),
+        (PullFailure::Superseded, "4: failed FAIL_REASON_SUPERSEDED"),
+    ];
+    for (failure, said) in cases {
+        let mut p = Worker::new("p");
+        p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+        p.core.plan(p.now).expect("a prompt");
+        let handle = p.handle();
+        let mut d = Worker::new("d");
+        d.core.start(d.session, with_handle(start(4, 2, v1::Until::End), &handle), d.now);
+        let order = d.pull();
+        d.core.pull_failed(order.sequence, failure, d.now);
+        assert_eq!(d.said(), [said]);
+        d.assert_idle();
+    }
+}
+
+#[test]
+fn losing_the_session_cancels_its_legs_and_ends_its_leases() {
+    let mut w = Worker::new("w");
+    w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
+    let plan = w.core.plan(w.now).expect("a prompt");
+    w.core.collected(outcome(&plan, 7), w.now, &mut |_, _, _| {});
+    w.core.take_output();
+    assert_eq!(w.core.load().leases, 1);
+    w.core.close_session(w.session, w.now);
+    assert!(w.said().is_empty(), "nobody is there to hear it");
+    w.assert_idle();
+}
+
+#[test]
+fn a_new_session_of_the_same_router_ends_its_predecessor() {
+    let mut w = Worker::new("w");
+    w.start(start(1, 1, v1::Until::End));
+    w.core.open_session("router-0", 1, w.now);
+    assert_eq!(w.said(), ["close session"]);
+    w.assert_idle();
+    w.core.open_session("router-0", 2, w.now);
+    assert!(w.said().is_empty(), "another start of the router is another router");
+}
+
+#[test]
+fn a_newer_attempt_supersedes_and_an_older_one_is_refused() {
+    let mut w = Worker::new("w");
+    w.start(start(1, 2, v1::Until::End));
+    assert_eq!(w.start(start(2, 1, v1::Until::End)), ["2: refused REFUSE_REASON_INVALID"]);
+    assert_eq!(w.start(start(3, 3, v1::Until::End)), ["1: failed FAIL_REASON_SUPERSEDED"]);
+    for token in [7, 8, 9] {
+        w.step(token);
+    }
+    w.assert_idle();
+}
+
+#[test]
+fn an_overdue_leg_fails_and_an_unwanted_lease_expires() {
+    let mut w = Worker::new("w");
+    w.start(v1::Start { remaining_ms: 500, ..start(1, 1, v1::Until::End) });
+    assert_eq!(w.core.next_deadline(), Some(Time::from_millis(500)));
+    w.now = Time::from_millis(500);
+    assert_eq!(w.step(7), ["1: failed FAIL_REASON_DEADLINE"]);
+    w.core.start(w.session, start(2, 2, v1::Until::FirstToken), w.now);
+    let plan = w.core.plan(w.now).expect("a prompt");
+    let handle = w.handle();
+    w.core.collected(outcome(&plan, 7), w.now, &mut |_, _, _| {});
+    w.said();
+    w.now = Time::from_millis(9_000);
+    w.core.renew([handle.lease, LeaseId(1000)].into_iter(), w.now);
+    w.now = Time::from_millis(18_900);
+    assert!(w.step(0).is_empty());
+    w.now = Time::from_millis(19_000);
+    assert_eq!(w.step(0), ["2: failed FAIL_REASON_LEASE_LOST"]);
+    w.assert_idle();
+}
+
+#[test]
+fn what_cannot_begin_is_refused_in_a_word_and_holds_nothing() {
+    let change = |change: &dyn Fn(&mut v1::Start)| {
+        let mut start = start(1, 1, v1::Until::End);
+        change(&mut start);
+        let mut w = Worker::new("w");
+        let said = w.start(start);
+        w.assert_idle();
+        said.join("; ")
+    };
+    assert_eq!(change(&|s| s.worker_incarnation = 1), "1: refused REFUSE_REASON_STALE_TARGET");
+    assert_eq!(change(&|s| s.epoch = 1), "1: refused REFUSE_REASON_STALE_TARGET");
+    assert_eq!(change(&|s| s.until = v1::Until::Hidden as i32), "1: refused REFUSE_REASON_UNSUPPORTED");
+    assert_eq!(change(&|s| s.adapter = "x".into()), "1: refused REFUSE_REASON_UNSUPPORTED");
+    assert_eq!(change(&|s| s.until = 9), "1: refused REFUSE_REASON_INVALID");
+    assert_eq!(change(&|s| s.request = vec![1].into()), "1: refused REFUSE_REASON_INVALID");
+    assert_eq!(change(&|s| s.prompt_tokens = 0), "1: refused REFUSE_REASON_INVALID");
+    assert_eq!(change(&|s| s.prompt_tokens = 41), "1: refused REFUSE_REASON_INVALID");
+    assert_eq!(change(&|s| s.sampling = None), "1: refused REFUSE_REASON_INVALID");
+    assert_eq!(
+        change(&|s| (s.tokens, s.prompt_tokens) = (vec![1; 1000], 1000)),
+        "1: refused REFUSE_REASON_CONTEXT_LENGTH"
+    );
+    let handle = v1::Handle { kind: v1::HandleKind::Prefix as i32, ..v1::Handle::default() };
+    assert_eq!(change(&|s| s.inputs = vec![handle.clone()]), "1: refused REFUSE_REASON_UNSUPPORTED");
+
+    let mut w = Worker::new("w");
+    w.core.drain();
+    assert_eq!(w.start(start(1, 1, v1::Until::End)), ["1: refused REFUSE_REASON_DRAINING"]);
+    let mut w = Worker::new("w");
+    for leg in 1..=4 {
+        w.start(v1::Start { request: convert::id128(u128::from(leg)), ..start(leg, 1, v1::Until::End) });
+    }
+    assert_eq!(
+        w.start(v1::Start { request: convert::id128(9), ..start(5, 1, v1::Until::End) }),
+        ["5: refused REFUSE_REASON_OVERLOADED"]
+    );
+}
+
+#[test]
+fn a_role_change_stales_routes_but_not_running_work() {
+    let mut w = Worker::new("w");
+    w.start(start(1, 1, v1::Until::End));
+    w.core.change_role(Role::Decode);
+    assert_eq!(w.step(7), ["1: delta 0=[7]"]);
+    let other = v1::Start { request: convert::id128(6), ..start(2, 1, v1::Until::End) };
+    assert_eq!(w.start(other.clone()), ["2: refused REFUSE_REASON_STALE_TARGET"]);
+    assert!(w.start(v1::Start { epoch: 1, ..other }).is_empty());
+}
+
+#[test]
+fn a_failed_step_fails_its_legs_only() {
+    let mut w = Worker::new("w");
+    w.start(start(1, 1, v1::Until::End));
+    let plan = w.core.plan(w.now).expect("a prompt");
+    w.start(v1::Start { request: convert::id128(6), ..start(2, 1, v1::Until::End) });
+    w.core.step_failed(plan.id, w.now);
+    assert_eq!(w.said(), ["1: failed FAIL_REASON_ENGINE"]);
+    assert_eq!(w.step(7), ["2: delta 0=[7]"]);
+}

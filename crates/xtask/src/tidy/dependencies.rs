@@ -23,7 +23,7 @@ enum Who {
     AllButGrpcAnd(&'static [&'static str]),
 }
 
-const HTTP: &[&str] = &["tandem-router", "tandem-chassis", "tandem"];
+const HTTP: &[&str] = &["tandem-integration-tests", "tandem-router", "tandem-chassis", "tandem"];
 
 const RULES: &[Rule] = &[
     Rule {
