@@ -11,6 +11,10 @@ use tandem_types::Role;
 
 /// Options of a worker.
 #[derive(Clone, Debug, clap::Parser, Serialize)]
+#[command(
+    name = "tandem worker",
+    about = "A Tandem worker: runs a model and hands KV to and from other workers"
+)]
 pub struct WorkerConfig {
     /// Name in the cluster; by default the role and a number drawn at random
     #[arg(long)]
@@ -142,6 +146,49 @@ impl std::str::FromStr for Numerics {
             "strict" => Ok(Numerics::Strict),
             "mixed" => Err("hand-off between numerics classes is not in this version; it has strict".into()),
             _ => Err(format!("{text:?} is not known; expected strict")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn checked(change: impl Fn(&mut WorkerConfig)) -> Result<(), String> {
+        let mut config = WorkerConfig { model: Some("m".into()), ..WorkerConfig::defaults() };
+        change(&mut config);
+        config.check()
+    }
+
+    #[test]
+    fn what_it_prints_it_reads() {
+        tandem_chassis::config::assert_prints_what_it_reads::<WorkerConfig>(&[
+            "--id=w-1",
+            "--role=decode",
+            "--model=/m",
+            "--dtype=float32",
+            "--threads=3",
+            "--kv-memory=1GiB",
+            "--fake=paced:50ms,5ms,slow=2",
+            "--transport=tcp",
+            "--leased-share=0.25",
+            "--log=debug",
+        ]);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_in_a_sentence() {
+        assert_eq!(checked(|_| {}), Ok(()));
+        for (refusal, part) in [
+            (checked(|c| c.model = None), "--model DIR"),
+            (checked(|c| c.role = Role::Encode), "no encoder workers"),
+            (checked(|c| c.threads = Some(0)), "--threads"),
+            (checked(|c| c.leased_share = 0.0), "--leased-share"),
+            (checked(|c| c.rows_max = 0), "--rows-max"),
+            (checked(|c| c.transport = "pigeon".into()), "auto, inproc, tcp"),
+            ("mixed".parse::<Numerics>().map(|_| ()), "not in this version"),
+        ] {
+            assert!(refusal.as_ref().is_err_and(|said| said.contains(part)), "{part}: {refusal:?}");
         }
     }
 }

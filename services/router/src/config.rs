@@ -86,3 +86,33 @@ impl RouterConfig {
         tandem_placement::named(&self.policy).map(|_| ())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_it_prints_it_reads() {
+        tandem_chassis::config::assert_prints_what_it_reads::<RouterConfig>(&[
+            "--id=r-1",
+            "--model=/m",
+            "--port=0",
+            "--policy=round-robin",
+            "--queue-max=7",
+            "--request-deadline=30s",
+            "--body-max=1MiB",
+        ]);
+    }
+
+    #[test]
+    fn what_cannot_be_is_refused_in_a_sentence() {
+        let config = RouterConfig { model: Some("m".into()), ..RouterConfig::defaults() };
+        assert_eq!(config.check(), Ok(()));
+        let refused = |config: RouterConfig| config.check().expect_err("it cannot be");
+        assert!(refused(RouterConfig::defaults()).contains("--model DIR"));
+        assert!(refused(RouterConfig { queue_max: 0, ..config.clone() }).contains("--queue-max"));
+        assert!(
+            refused(RouterConfig { policy: "cost".into(), ..config }).contains("least-loaded, round-robin")
+        );
+    }
+}

@@ -121,9 +121,13 @@ impl Workers {
         );
         let (gone, is_gone) = watch::channel(false);
         self.tasks.spawn(link.clone().run(self.shutdown.clone(), is_gone));
-        let (mut changes, workers) = (link.watch(), Arc::downgrade(self));
+        let (mut changes, workers, shutdown) = (link.watch(), Arc::downgrade(self), self.shutdown.clone());
         self.tasks.spawn(async move {
-            while changes.changed().await.is_ok() {
+            loop {
+                tokio::select! {
+                    changed = changes.changed() => if changed.is_err() { return },
+                    () = shutdown.stopped() => return,
+                }
                 let Some(workers) = workers.upgrade() else { return };
                 workers.changed.send_modify(|n| *n += 1);
             }

@@ -12,6 +12,7 @@ use crate::http;
 
 /// Talk to a running cluster
 #[derive(Debug, clap::Parser, Serialize)]
+#[command(name = "tandem chat")]
 struct ChatConfig {
     /// Address of the cluster's API
     #[arg(long, default_value = "http://127.0.0.1:8000")]

@@ -10,6 +10,7 @@ use crate::http;
 
 /// Show the processes of a running cluster
 #[derive(Debug, clap::Parser, Serialize)]
+#[command(name = "tandem status")]
 struct StatusConfig {
     /// Admin port of a router
     #[arg(long, default_value = "http://127.0.0.1:8001")]

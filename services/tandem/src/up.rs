@@ -22,6 +22,7 @@ use crate::{model, up_processes};
 /// Start a whole cluster on this machine: by default the demo model, one router, one prefill and one decode
 /// worker
 #[derive(Clone, Debug, clap::Parser, Serialize)]
+#[command(name = "tandem up")]
 pub struct UpConfig {
     /// Checkpoint to serve: a Hugging Face directory, or demo
     #[arg(long, default_value = "demo")]
@@ -361,6 +362,17 @@ mod tests {
         assert_eq!(names("--prefill 2 --decode 1"), ["prefill-0", "prefill-1", "decode-0"]);
         assert_eq!(names("--mixed 1"), ["mixed-0"]);
         assert!(names("--mixed 0").is_empty());
+    }
+
+    #[test]
+    fn what_it_prints_it_reads() {
+        tandem_chassis::config::assert_prints_what_it_reads::<UpConfig>(&[
+            "--prefill=2",
+            "--threads=prefill=1,decode=3",
+            "--kv-memory=1GiB",
+            "--fake=qwen3-8b@h200,slow=0.5",
+            "--processes",
+        ]);
     }
 
     #[test]
