@@ -9,6 +9,7 @@
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
 //! - `processes`: real processes, started by the real `tandem up`
 //! - `etcd`: the same over a real etcd server
+//! - `tracing`: one trace through every process
 //! - `openai`: the openai Python package, unmodified
 
 mod broken;
@@ -21,4 +22,5 @@ mod operating;
 mod processes;
 mod references;
 mod support;
+mod tracing;
 mod walking;

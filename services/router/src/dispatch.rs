@@ -517,7 +517,10 @@ impl Course {
             salt: request.salt.clone().into(),
             adapter: String::new(),
             waited_ms: now.since(request.arrived).as_millis().min(u128::from(u32::MAX)) as u32,
-            traceparent: tandem_chassis::telemetry::traceparent_of_current().unwrap_or_default(),
+            // Without a collector of our own, the client's context goes on as it came.
+            traceparent: tandem_chassis::telemetry::traceparent_of_current()
+                .or_else(|| request.traceparent.clone())
+                .unwrap_or_default(),
             request_name: request.name.clone(),
             ttft_target_ms: None,
             tpot_target_ms: None,
