@@ -30,13 +30,9 @@ Commands:
 const LATER: &[&str] = &["bench", "sim", "top", "selftest"];
 
 fn main() -> ExitCode {
-    let mut arguments = std::env::args_os();
-    let program = arguments.next().unwrap_or_else(|| "tandem".into());
-    let command = arguments.next().unwrap_or_default();
-    let command = command.to_string_lossy().into_owned();
+    let command = std::env::args_os().nth(1).unwrap_or_default().to_string_lossy().into_owned();
     // What a command's own parser sees: its name as a user types it, then its options.
     let rest = |name: &str| -> Vec<OsString> {
-        let _ = &program;
         std::iter::once(format!("tandem {name}").into()).chain(std::env::args_os().skip(2)).collect()
     };
     match command.as_str() {

@@ -29,7 +29,7 @@ struct Service {
 }
 
 pub async fn run(config: UpConfig, model: PathBuf, shutdown: Shutdown) -> Result<(), String> {
-    let (parent, membership) = membership(&config, &shutdown).await?;
+    let (parent, membership) = membership(&config).await?;
     let (deaths, mut dead) = mpsc::channel(64);
     let mut services = Vec::new();
     for (id, role) in config.workers() {
@@ -47,10 +47,7 @@ pub async fn run(config: UpConfig, model: PathBuf, shutdown: Shutdown) -> Result
 }
 
 /// Where children register: etcd, or this process.
-async fn membership(
-    config: &UpConfig,
-    shutdown: &Shutdown,
-) -> Result<(Option<String>, Arc<dyn Membership>), String> {
+async fn membership(config: &UpConfig) -> Result<(Option<String>, Arc<dyn Membership>), String> {
     if config.etcd.is_some() {
         let spec = tandem_cluster::Spec { etcd: config.etcd.clone(), parent: None };
         let membership = tandem_cluster::connect(&spec, &config.cluster).await.map_err(|e| e.to_string())?;
@@ -61,7 +58,6 @@ async fn membership(
         seam::listen("127.0.0.1:0").await.map_err(|e| format!("cannot listen for children: {e}"))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
-    let _ = shutdown;
     let server = tonic::transport::Server::builder()
         .add_service(tandem_cluster::serve(embedded.clone()))
         .serve_with_incoming(incoming);

@@ -118,7 +118,9 @@ impl From<DispatchError> for ApiError {
             DispatchError::Overloaded { .. } => unavailable("overloaded"),
             DispatchError::NoWorker { .. } => unavailable("no_worker"),
             DispatchError::Draining => unavailable("draining"),
-            DispatchError::ContextLength { .. } => ApiError::context_length("messages", message),
+            DispatchError::ContextLength { .. } => {
+                ApiError::new(StatusCode::BAD_REQUEST, INVALID, "context_length_exceeded", message)
+            }
             DispatchError::Unsupported(_) => {
                 ApiError::new(StatusCode::BAD_REQUEST, INVALID, "unsupported_parameter", message)
             }

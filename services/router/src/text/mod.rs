@@ -83,7 +83,7 @@ impl Model {
             eos: eos.map(token_ids).unwrap_or_default(),
             defaults: defaults(&generation),
             vocab: config["vocab_size"].as_u64().unwrap_or(vocab) as u32,
-            template: Template::open(dir, &special)?,
+            template: Template::open(dir)?,
             special,
             plain,
             specials,

@@ -8,7 +8,6 @@ use minijinja::{Environment, Error, ErrorKind, Value as Jinja, context};
 use serde::Serialize;
 use serde_json::Value;
 use tandem_chassis::seam;
-use tokenizers::Tokenizer;
 
 use super::{OpenError, optional_json};
 
@@ -45,7 +44,7 @@ const NAME: &str = "chat";
 impl Template {
     /// From `chat_template.jinja`, or from `tokenizer_config.json`, where it may be a list with one called
     /// `default`.
-    pub(crate) fn open(dir: &Path, _tokenizer: &Tokenizer) -> Result<Option<Template>, OpenError> {
+    pub(crate) fn open(dir: &Path) -> Result<Option<Template>, OpenError> {
         let config_file = dir.join("tokenizer_config.json");
         let config = optional_json(&config_file)?;
         let file = dir.join("chat_template.jinja");
