@@ -88,12 +88,13 @@ fn a_checkpoint_that_cannot_be_served_is_refused_by_naming_file_and_fact() {
             &["config.json", "quantization_config"],
         )
         .await;
-        check(
-            "layers",
-            &|s| s.config(|c| c["num_hidden_layers"] = json!(9)),
-            &["model.layers.", "model.safetensors"],
-        )
-        .await;
+        let more_layers = |s: &Spoilt| {
+            s.config(|c| {
+                c["num_hidden_layers"] = json!(9);
+                c.as_object_mut().expect("an object").remove("layer_types");
+            });
+        };
+        check("layers", &more_layers, &["model.layers.", "model.safetensors"]).await;
         check("shape", &|s| s.config(|c| c["intermediate_size"] = json!(96)), &["model.safetensors", "96"])
             .await;
         let truncate = |s: &Spoilt| {
