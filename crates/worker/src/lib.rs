@@ -350,7 +350,7 @@ fn serve_grpc(
         shared: shared.clone(),
         identity: identity.clone(),
         tasks: tasks.clone(),
-        drain: Arc::new(move || drain.drain()),
+        shutdown: drain,
     };
     let lender = lender::LenderService { shared: shared.clone(), tasks: tasks.clone() };
     let stop = shutdown.clone();
@@ -396,6 +396,7 @@ impl End {
         }
         self.shutdown.stop();
         let _ = self.roles.await;
+        self.shared.end_streams();
         self.tasks.shutdown(Duration::from_secs(2)).await;
         drop(self.exports);
         self.stopped.store(true, Ordering::Release);

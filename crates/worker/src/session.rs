@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::{Stream, StreamExt};
-use tandem_chassis::{Tasks, seam};
+use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_proto::v1::{self, to_worker};
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
 use tandem_types::{LeaseId, Time};
@@ -29,7 +29,7 @@ pub(crate) struct SessionService {
     pub(crate) shared: Arc<Shared>,
     pub(crate) identity: Arc<Identity>,
     pub(crate) tasks: Arc<Tasks>,
-    pub(crate) drain: Arc<dyn Fn() + Send + Sync>,
+    pub(crate) shutdown: Shutdown,
 }
 
 #[tonic::async_trait]
@@ -78,14 +78,14 @@ impl v1::worker_server::Worker for SessionService {
     async fn drain(&self, request: Request<v1::DrainRequest>) -> Result<Response<v1::DrainReply>, Status> {
         let incarnation = request.into_inner().worker_incarnation;
         self.check_incarnation(incarnation)?;
-        (self.drain)();
+        self.shutdown.drain();
         let running = self.shared.look(|core| core.leg_count() as u32);
         Ok(Response::new(v1::DrainReply { running }))
     }
 
     async fn watch(&self, request: Request<v1::WatchRequest>) -> Result<Response<Self::WatchStream>, Status> {
         self.check_incarnation(request.into_inner().worker_incarnation)?;
-        let shared = self.shared.clone();
+        let (shared, shutdown) = (self.shared.clone(), self.shutdown.clone());
         let (events, outbound) = mpsc::channel(4);
         self.tasks.spawn(async move {
             let mut load = shared.watch_load();
@@ -99,6 +99,7 @@ impl v1::worker_server::Worker for SessionService {
                 tokio::select! {
                     changed = load.changed() => if changed.is_err() { return },
                     () = events.closed() => return,
+                    () = shutdown.stopped() => return,
                 }
             }
         });

@@ -140,6 +140,13 @@ impl Shared {
         self.lock().followers.remove(&claim);
     }
 
+    /// Ends every session and every follower's stream: the worker is going.
+    pub(crate) fn end_streams(&self) {
+        let sessions: Vec<SessionId> = self.lock().sessions.keys().copied().collect();
+        sessions.into_iter().for_each(|session| self.close_session(session));
+        self.lock().followers.clear();
+    }
+
     /// Ends a session from this side. Dropping its sender ends its stream.
     pub(crate) fn close_session(&self, session: SessionId) {
         let now = seam::now();
