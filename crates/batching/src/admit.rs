@@ -15,8 +15,17 @@ impl Batcher {
             return None;
         }
         self.end_spent(kv, now);
-        self.admit(kv, now);
-        let chosen = self.choose(kv, now);
+        // Who has pages comes first: room for its growth is not given to a newcomer that would then have to go
+        // again.
+        let mut chosen = Vec::new();
+        self.choose(|_| true, &mut chosen, kv, now);
+        let admitted = self.admit(kv, now);
+        self.choose(|s| admitted.contains(&s.spec.id), &mut chosen, kv, now);
+        // One order whoever was admitted when, so that a plan of the same rows looks the same.
+        chosen.sort_unstable_by_key(|(id, _)| {
+            let sequence = &self.sequences[id];
+            (sequence.gap() > 1, sequence.age())
+        });
         if chosen.is_empty() {
             return None;
         }
@@ -49,34 +58,42 @@ impl Batcher {
         }
     }
 
-    /// Gives pages to waiting sequences, the oldest first. Nobody passes an older one that waits for memory.
-    fn admit(&mut self, kv: &mut KvCache, now: Time) {
+    /// Gives pages to waiting sequences, the oldest first, and says to whom. Nobody passes an older one that
+    /// waits for memory.
+    fn admit(&mut self, kv: &mut KvCache, now: Time) -> Vec<SequenceId> {
+        let mut admitted = Vec::new();
         if self.waiting() == 0 {
-            return;
+            return admitted;
         }
         // Paused ones have pages but no rows; they keep nobody out.
-        let mut active = self.sequences.values().filter(|s| s.table.is_some() && !s.paused).count();
+        let active = self.sequences.values().filter(|s| s.table.is_some() && !s.paused).count();
         let context = self.config.context_tokens;
         for id in self.by_age(|s| s.table.is_none() && !s.paused) {
-            if active >= self.config.rows_max as usize {
-                return;
+            if active + admitted.len() >= self.config.rows_max as usize {
+                break;
             }
             let sequence = &self.sequences[&id];
             let wanted = sequence.wanted_room(context);
             let room = if kv.fits_ever(wanted) { wanted } else { sequence.known() };
             if !kv.fits_ever(room) {
-                self.remove(id, Event::Rejected { id }, kv, now);
+                // What has grown to more than the pool has reached its end; what came so large never begins.
+                if sequence.known() > sequence.spec.prompt_tokens {
+                    self.end_by_length(id, kv, now);
+                } else {
+                    self.remove(id, Event::Rejected { id }, kv, now);
+                }
                 continue;
             }
-            let Some((table, cached)) = self.open(id, room, kv, now) else { return };
+            let Some((table, cached)) = self.open(id, room, kv, now) else { break };
             let sequence = self.sequences.get_mut(&id).expect("listed above");
             sequence.table = Some(table);
             sequence.computed = cached;
             sequence.submitted = cached;
             sequence.cached = cached;
-            active += 1;
+            admitted.push(id);
             self.events.push(Event::Admitted { id, cached_tokens: cached });
         }
+        admitted
     }
 
     /// Pages for a waiting sequence, if need be those of paused ones; never of one that gets rows.
@@ -94,12 +111,17 @@ impl Batcher {
         }
     }
 
-    /// Which sequences get how many positions: decodes first, then prompts, the oldest first of each.
-    fn choose(&mut self, kv: &mut KvCache, now: Time) -> Vec<(SequenceId, u32)> {
+    /// Which of these sequences get how many positions: decodes first, then prompts, the oldest first of each.
+    fn choose(
+        &mut self,
+        of: impl Fn(&Sequence) -> bool,
+        chosen: &mut Vec<(SequenceId, u32)>,
+        kv: &mut KvCache,
+        now: Time,
+    ) {
         let context = self.config.context_tokens;
-        let mut chosen: Vec<(SequenceId, u32)> = Vec::new();
-        let decodes = self.by_age(|s| s.wants_row(context) && s.gap() == 1);
-        let prompts = self.by_age(|s| s.wants_row(context) && s.gap() > 1);
+        let decodes = self.by_age(|s| of(s) && s.wants_row(context) && s.gap() == 1);
+        let prompts = self.by_age(|s| of(s) && s.wants_row(context) && s.gap() > 1);
         for id in decodes.into_iter().chain(prompts) {
             // From scratch each time: rows that were preempted for others give their budget back.
             let budget = self.config.token_budget - chosen.iter().map(|(_, count)| count).sum::<u32>();
@@ -113,7 +135,6 @@ impl Batcher {
             }
             chosen.retain(|(id, _)| self.sequences.contains_key(id));
         }
-        chosen
     }
 
     /// Sees to it that the sequence's pages hold `count` more positions, preempting the youngest if need be.

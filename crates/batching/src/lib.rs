@@ -6,9 +6,9 @@
 //! case.
 //!
 //! Always holds: a plan keeps to its budgets and names only pages of its sequences' tables; pages named by a
-//! submitted plan are given back only after it was collected; the oldest sequence is never preempted; every
-//! sequence that was added leaves with exactly one of `Finished`, `Preempted`, `Rejected`, `Failed`, or by
-//! `cancel`.
+//! submitted plan are given back only after it was collected; nobody is admitted before an older one that waits
+//! for memory; of the sequences that are not paused the oldest is never preempted; every sequence that was added
+//! leaves with exactly one of `Finished`, `Preempted`, `Rejected`, `Failed`, or by `cancel`.
 
 mod admit;
 mod apply;

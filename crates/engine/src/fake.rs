@@ -104,11 +104,16 @@ fn draw(
     let ranked = |rank: u64| ordinary.at(mix(base.wrapping_add(rank)));
     let token = (0..64).map(ranked).find(|token| !suppressed.contains(token)).unwrap_or_else(|| ranked(0));
     let Some(top) = sampling.logprobs else { return Sampled { token, logprob: None, top: Vec::new() } };
-    // Plausible and reproducible: the drawn token first, each further one half as likely.
-    let first = -((base % 997) as f32 + 1.0) / 1000.0;
-    let rest =
-        (1..u64::from(top)).map(|rank| (ranked(rank + 64), first - rank as f32 * std::f32::consts::LN_2));
-    let top = if top == 0 { Vec::new() } else { std::iter::once((token, first)).chain(rest).collect() };
+    // Plausible and reproducible: the drawn token first with at most one half, each further one half as likely.
+    let first = -std::f32::consts::LN_2 - (base % 997) as f32 / 1000.0;
+    let mut tokens = vec![token];
+    for other in (64..).map(ranked).take(16 * top as usize) {
+        if tokens.len() < top as usize && !tokens.contains(&other) {
+            tokens.push(other);
+        }
+    }
+    let likely = |(rank, token)| (token, first - rank as f32 * std::f32::consts::LN_2);
+    let top = tokens.into_iter().take(top as usize).enumerate().map(likely).collect();
     Sampled { token, logprob: Some(first), top }
 }
 
@@ -263,6 +268,8 @@ impl Engine for Fake {
     }
 
     fn submit(&mut self, plan: Plan, now: Time) {
+        let (in_flight, depth) = (self.in_flight.len(), self.facts.depth);
+        assert!(in_flight <= depth as usize, "{in_flight} steps in flight at depth {depth}");
         let time = self.time(&plan);
         let begin = self.in_flight.back().map_or(now, |flight| flight.ready.max(now));
         self.steps += 1;

@@ -84,7 +84,7 @@ impl FakeSpec {
                 Duration::from_secs_f64(seconds)
             }
         };
-        time.mul_f64(self.slow)
+        Duration::try_from_secs_f64(time.as_secs_f64() * self.slow).unwrap_or(Duration::MAX)
     }
 }
 
@@ -172,11 +172,20 @@ fn duration(text: &str) -> Result<Duration, String> {
     Ok(Duration::from_secs_f64(number * unit))
 }
 
+/// As `duration` reads it, in the largest unit that divides it.
+fn written(time: Duration) -> String {
+    let nanos = time.as_nanos();
+    let units = [("s", 1_000_000_000), ("ms", 1_000_000), ("us", 1000), ("ns", 1)];
+    let (unit, size) =
+        units.into_iter().find(|(_, size)| nanos.is_multiple_of(*size)).expect("1 divides all");
+    format!("{}{unit}", nanos / size)
+}
+
 impl fmt::Display for FakeSpec {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.curve {
             Curve::Zero => f.write_str("zero")?,
-            Curve::Paced { first, next } => write!(f, "paced:{}ns,{}ns", first.as_nanos(), next.as_nanos())?,
+            Curve::Paced { first, next } => write!(f, "paced:{},{}", written(first), written(next))?,
             Curve::Qwen3_8bH200 => f.write_str("qwen3-8b@h200")?,
         }
         let plain = FakeSpec::default();

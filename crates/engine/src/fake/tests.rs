@@ -26,7 +26,7 @@ fn open(slot: u32, tokens: &[TokenId]) -> SlotOpen {
 }
 
 fn engine(spec: &str) -> Fake {
-    let options = Options { kv_bytes: 1 << 20, ..Options::default() };
+    let options = Options { kv_bytes: 1 << 20, depth: 1, ..Options::default() };
     Fake::new(spec.parse().unwrap(), Ordinary::new(500, &[1, 2]), "m".into(), &options).unwrap()
 }
 
@@ -120,12 +120,22 @@ fn a_seed_matters_where_sampling_does() {
 }
 
 #[test]
-fn log_probabilities_are_ranked_and_as_many_as_asked_for() {
-    let sampling = SamplingParams { logprobs: Some(3), ..SamplingParams::default() };
-    let sampled = draw(&Ordinary::new(500, &[]), Fold(3), 1, &sampling, Choice(0), &[]);
-    assert_eq!(sampled.top.len(), 3);
-    assert_eq!(sampled.top[0], (sampled.token, sampled.logprob.unwrap()));
-    assert!(sampled.top.windows(2).all(|pair| pair[0].1 > pair[1].1));
+fn log_probabilities_are_ranked_distinct_and_no_more_than_certain() {
+    for (vocab, k, many) in [(500, 20, 20), (500, 0, 0), (3, 20, 3)] {
+        let sampling = SamplingParams { logprobs: Some(k), ..SamplingParams::default() };
+        for fold in 0..50 {
+            let sampled = draw(&Ordinary::new(vocab, &[]), Fold(fold), 1, &sampling, Choice(0), &[]);
+            assert_eq!(sampled.top.len(), many);
+            assert!(sampled.top.first().is_none_or(|top| *top == (sampled.token, sampled.logprob.unwrap())));
+            assert!(sampled.top.windows(2).all(|pair| pair[0].1 > pair[1].1));
+            assert!(sampled.top.iter().map(|(_, logprob)| logprob.exp()).sum::<f32>() <= 1.0);
+            let distinct: std::collections::BTreeSet<_> =
+                sampled.top.iter().map(|(token, _)| token).collect();
+            assert_eq!(distinct.len(), many);
+        }
+    }
+    let sampled = draw(&Ordinary::new(9, &[]), Fold(3), 1, &SamplingParams::default(), Choice(0), &[]);
+    assert_eq!((sampled.logprob, sampled.top), (None, vec![]), "nothing that was not asked for");
 }
 
 #[test]
@@ -196,6 +206,25 @@ fn a_wrong_spec_is_refused_by_naming_the_right_ones() {
         let refusal = text.parse::<FakeSpec>().unwrap_err();
         assert!(refusal.contains(part), "{text}: {refusal}");
     }
+}
+
+#[test]
+fn a_spec_is_written_as_one_would_write_it() {
+    for text in
+        ["zero", "paced:50ms,1500us,slow=2", "paced:1s,1ns", "qwen3-8b@h200,fail=0.1,page-bytes=512,seed=7"]
+    {
+        assert_eq!(text.parse::<FakeSpec>().unwrap().to_string(), text);
+        let json = format!("{text:?}");
+        assert_eq!(serde_json::to_string(&serde_json::from_str::<FakeSpec>(&json).unwrap()).unwrap(), json);
+    }
+    assert_eq!("slow=3".parse::<FakeSpec>().unwrap().to_string(), "zero,slow=3");
+    assert!(serde_json::from_str::<FakeSpec>("\"fast\"").is_err());
+}
+
+#[test]
+fn a_factor_beyond_all_bounds_is_for_ever() {
+    let spec: FakeSpec = "paced:1s,1s,slow=1e300".parse().unwrap();
+    assert_eq!(spec.step_time(&[], false), Duration::MAX);
 }
 
 proptest! {
