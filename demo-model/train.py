@@ -320,7 +320,7 @@ def answers(model, tokenizer, questions, new_tokens=96):
 
 
 def evaluate(model, tokenizer, seed, samples):
-    """Share of exact greedy answers on samples that training has not drawn."""
+    """Share of exact greedy answers on samples of another seed. Small sums and refusals repeat what training drew."""
     table = {}
     for skill, (make, _) in SKILLS.items():
         if skill in ("story", "small talk"):
