@@ -25,6 +25,28 @@ pub fn tandem() -> PathBuf {
     beside.expect("target/debug/tandem is there: `cargo xtask test` builds it, or `cargo build -p tandem`")
 }
 
+/// A worker started again by its own command; killed when dropped.
+pub struct StartedAgain(Child);
+
+impl StartedAgain {
+    /// Starts the argument list of a worker's `/admin/state`.
+    ///
+    /// # Panics
+    /// If it is not one, or cannot be started.
+    pub fn by(state: &Value) -> StartedAgain {
+        let command: Vec<String> = serde_json::from_value(state["command"].clone()).expect("a list");
+        assert!(command[0].starts_with('/'), "paths are absolute: {command:?}");
+        StartedAgain(Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again"))
+    }
+}
+
+impl Drop for StartedAgain {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
 /// A running `tandem up`; killed with all its children when dropped.
 pub struct ProcessCluster {
     /// The API.

@@ -6,7 +6,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tandem_chassis::seam;
 use tandem_integration_tests::cluster::ready;
-use tandem_integration_tests::processes::tandem;
+use tandem_integration_tests::processes::{StartedAgain, tandem};
 use tandem_integration_tests::{ProcessCluster, checkpoints};
 
 use crate::support::{concurrently, run};
@@ -86,10 +86,7 @@ fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again()
             seam::sleep(Duration::from_secs(1)).await;
             all_succeed(&cluster, "qwen3", 40).await;
 
-            let command: Vec<String> = serde_json::from_value(state["command"].clone()).expect("a list");
-            assert!(command[0].starts_with('/'), "{command:?}");
-            started_again
-                .push(Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again"));
+            started_again.push(StartedAgain::by(&state));
             cluster
                 .wait_for("the worker is back as another incarnation", |rows| {
                     ready(rows) == 4
@@ -103,10 +100,6 @@ fn a_killed_worker_is_survived_and_taken_back_when_its_command_starts_it_again()
             assert_eq!(legs["state"], "ready");
             let served = metric(&cluster, victim, "tandem_legs_total").await;
             assert!(served > 0.0, "it takes work again");
-        }
-        for mut again in started_again {
-            again.kill().expect("it is ours");
-            again.wait().expect("it is ours");
         }
         assert_eq!(cluster.interrupt().await, Some(0));
     });
@@ -132,14 +125,11 @@ fn without_decode_workers_prefill_workers_decode_and_the_reverse_across_processe
         let state = cluster.kill("decode-0").await;
         seam::sleep(Duration::from_secs(1)).await;
         all_succeed(&cluster, "qwen3", 10).await;
-        let command: Vec<String> = serde_json::from_value(state["command"].clone()).expect("a list");
-        let mut again = Command::new(&command[0]).args(&command[1..]).spawn().expect("it starts again");
+        let _again = StartedAgain::by(&state);
         cluster.wait_for("the decode worker is back", |rows| ready(rows) == 2).await;
         cluster.kill("prefill-0").await;
         seam::sleep(Duration::from_secs(1)).await;
         all_succeed(&cluster, "qwen3", 10).await;
-        again.kill().expect("it is ours");
-        again.wait().expect("it is ours");
         assert_eq!(cluster.interrupt().await, Some(0));
     });
 }

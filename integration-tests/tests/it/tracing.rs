@@ -2,8 +2,12 @@
 
 use std::collections::BTreeSet;
 
-use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{TraceService, TraceServiceServer};
-use opentelemetry_proto::tonic::collector::trace::v1::{ExportTraceServiceRequest, ExportTraceServiceResponse};
+use opentelemetry_proto::tonic::collector::trace::v1::trace_service_server::{
+    TraceService, TraceServiceServer,
+};
+use opentelemetry_proto::tonic::collector::trace::v1::{
+    ExportTraceServiceRequest, ExportTraceServiceResponse,
+};
 use serde_json::json;
 use tandem_chassis::seam;
 use tandem_integration_tests::{ProcessCluster, checkpoints};
@@ -32,12 +36,19 @@ fn a_trace_goes_through_router_prefill_and_decode_with_a_span_per_stage() {
         let (send, mut received) = mpsc::unbounded_channel();
         let listener = seam::listen("127.0.0.1:0").await.expect("a port");
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
-        let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
+        let server =
+            tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
         seam::spawn(server.serve_with_incoming(TcpIncoming::from(listener)));
 
         let model = checkpoints::named("qwen3");
-        let arguments =
-            ["--processes", "--fake", "--model", model.to_str().expect("a path"), "--otlp-endpoint", &endpoint];
+        let arguments = [
+            "--processes",
+            "--fake",
+            "--model",
+            model.to_str().expect("a path"),
+            "--otlp-endpoint",
+            &endpoint,
+        ];
         let cluster = ProcessCluster::start(&arguments).await;
         let parent = ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01");
         let body = json!({ "model": "qwen3", "prompt": [1, 2, 3], "max_tokens": 8 });
