@@ -2,6 +2,7 @@
 //! test` does.
 
 use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use serde_json::json;
 use tandem_chassis::seam;
@@ -37,7 +38,16 @@ impl Server {
             .stderr(Stdio::null())
             .spawn();
         match child {
-            Ok(child) => Some(Server { child, data, url }),
+            Ok(child) => {
+                let server = Server { child, data, url };
+                let listening = async {
+                    while seam::connect(server.url.trim_start_matches("http://")).await.is_err() {
+                        seam::sleep(Duration::from_millis(20)).await;
+                    }
+                };
+                seam::timeout(Duration::from_secs(30), listening).await.expect("etcd listens");
+                Some(server)
+            }
             Err(error) => {
                 skip::skip(&format!("there is no etcd server here: {error}"));
                 None
