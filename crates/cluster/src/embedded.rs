@@ -17,10 +17,11 @@ const LOG_MAX: usize = 4096;
 /// Registrations that are over are noticed this soon.
 const SWEEP: Duration = Duration::from_millis(250);
 
-/// A cluster in the memory of this process. Clones are members of the same one.
+/// A cluster in the memory of this process. Clones are one member of it.
 #[derive(Clone)]
 pub struct Embedded {
     store: Memory,
+    cluster: Arc<str>,
     member: Arc<Member<Memory>>,
 }
 
@@ -32,8 +33,16 @@ impl Embedded {
 
     /// An empty cluster of this name.
     pub fn named(cluster: &str) -> Embedded {
-        let store = Memory::new();
-        Embedded { member: Arc::new(Member::new(store.clone(), cluster)), store }
+        Embedded::over(Memory::new(), cluster.into())
+    }
+
+    /// Another member of the same cluster, as another process would be.
+    pub fn member(&self) -> Embedded {
+        Embedded::over(self.store.clone(), self.cluster.clone())
+    }
+
+    fn over(store: Memory, cluster: Arc<str>) -> Embedded {
+        Embedded { member: Arc::new(Member::new(store.clone(), &cluster)), store, cluster }
     }
 
     /// Takes the store away, or gives it back with everything but registrations that ended meanwhile. For the
@@ -67,9 +76,13 @@ pub(crate) struct Memory {
 struct State {
     revision: u64,
     values: BTreeMap<String, Entry>,
+    /// When each ends, and its time to live.
     registrations: BTreeMap<u64, (Time, Duration)>,
     next_registration: u64,
+    /// Recent changes in order of revision.
     log: VecDeque<(u64, String, Option<Vec<u8>>)>,
+    /// The log has everything after this revision.
+    forgotten: u64,
     down: bool,
 }
 
@@ -111,30 +124,26 @@ impl Memory {
 
     fn news(&self, prefix: &str, seen: Option<u64>) -> Result<News, StoreError> {
         self.with(|state, _| {
-            let oldest = state.log.front().map_or(state.revision + 1, |(revision, ..)| *revision);
             let within = |key: &str| key.starts_with(prefix);
-            match seen.filter(|seen| seen + 1 >= oldest) {
-                Some(seen) => News {
-                    snapshot: false,
-                    revision: state.revision,
-                    keys: state
+            let keys = match seen.filter(|seen| *seen >= state.forgotten) {
+                Some(seen) => {
+                    let news = state.log.partition_point(|(revision, ..)| *revision <= seen);
+                    state
                         .log
-                        .iter()
-                        .filter(|(revision, key, _)| *revision > seen && within(key))
+                        .range(news..)
+                        .filter(|(_, key, _)| within(key))
                         .map(|(revision, key, value)| (key.clone(), value.clone(), *revision))
-                        .collect(),
-                },
-                None => News {
-                    snapshot: true,
-                    revision: state.revision,
-                    keys: state
-                        .values
-                        .iter()
-                        .filter(|(key, _)| within(key))
-                        .map(|(key, entry)| (key.clone(), Some(entry.value.clone()), entry.revision))
-                        .collect(),
-                },
-            }
+                        .collect()
+                }
+                None => state
+                    .values
+                    .iter()
+                    .filter(|(key, _)| within(key))
+                    .map(|(key, entry)| (key.clone(), Some(entry.value.clone()), entry.revision))
+                    .collect(),
+            };
+            let snapshot = seen.is_none_or(|seen| seen < state.forgotten);
+            News { snapshot, revision: state.revision, keys }
         })
     }
 }
@@ -156,26 +165,30 @@ impl State {
             .filter(|(_, entry)| entry.registration == registration)
             .map(|(key, _)| key.clone())
             .collect();
-        for key in keys {
-            self.change(Change { key, value: None, registration: 0 });
-        }
+        let changes = keys.into_iter().map(|key| Change { key, value: None, registration: 0 });
+        self.change(changes.collect());
     }
 
-    fn change(&mut self, change: Change) {
-        let Change { key, value, registration } = change;
-        if value.is_none() && !self.values.contains_key(&key) {
-            return;
+    /// Everything in one revision, which is returned.
+    fn change(&mut self, changes: Vec<Change>) -> u64 {
+        let revision = self.revision + 1;
+        for Change { key, value, registration } in changes {
+            match value.clone() {
+                Some(value) => {
+                    self.values.insert(key.clone(), Entry { value, revision, registration });
+                }
+                None if self.values.remove(&key).is_none() => continue,
+                None => {}
+            }
+            self.revision = revision;
+            self.log.push_back((revision, key, value));
         }
-        self.revision += 1;
-        let revision = self.revision;
-        match value.clone() {
-            Some(value) => self.values.insert(key.clone(), Entry { value, revision, registration }),
-            None => self.values.remove(&key),
-        };
-        self.log.push_back((revision, key, value));
-        if self.log.len() > LOG_MAX {
-            self.log.pop_front();
+        while self.log.len() > LOG_MAX
+            && let Some((forgotten, ..)) = self.log.pop_front()
+        {
+            self.forgotten = forgotten;
         }
+        self.revision
     }
 }
 
@@ -207,7 +220,11 @@ impl Store for Memory {
         self.with(|state, _| state.end(registration))
     }
 
-    async fn transact(&self, conditions: Vec<Condition>, changes: Vec<Change>) -> Result<bool, StoreError> {
+    async fn transact(
+        &self,
+        conditions: Vec<Condition>,
+        changes: Vec<Change>,
+    ) -> Result<Option<u64>, StoreError> {
         self.with(|state, _| {
             let holds =
                 |c: &Condition| state.values.get(&c.key).map_or(0, |entry| entry.revision) == c.revision;
@@ -215,11 +232,7 @@ impl Store for Memory {
             if !changes.iter().all(alive) {
                 return Err("the registration has ended".to_owned());
             }
-            let applied = conditions.iter().all(holds);
-            if applied {
-                changes.into_iter().for_each(|change| state.change(change));
-            }
-            Ok(applied)
+            Ok(conditions.iter().all(holds).then(|| state.change(changes)))
         })?
     }
 

@@ -19,15 +19,18 @@ pub struct Etcd {
 }
 
 impl Etcd {
-    /// Connects; later losses are mended by themselves.
+    /// Connects; later losses are mended by themselves. `url` may be several, with commas between them.
     pub async fn connect(url: &str, cluster: &str) -> Result<Etcd, Error> {
         let unreachable = |reason: String| Error::Unreachable { store: format!("etcd at {url}"), reason };
         let options = ConnectOptions::new()
             .with_connect_timeout(Duration::from_secs(3))
             .with_timeout(Duration::from_secs(3))
             .with_keep_alive(Duration::from_secs(2), Duration::from_secs(2))
-            .with_keep_alive_while_idle(true);
-        let connect = Client::connect([url], Some(options));
+            .with_keep_alive_while_idle(true)
+            // A server that has lost its cluster says so, instead of keeping a watch silent.
+            .with_require_leader(true);
+        let endpoints: Vec<&str> = url.split(',').map(str::trim).collect();
+        let connect = Client::connect(endpoints, Some(options));
         let client = seam::timeout(Duration::from_secs(5), connect).await;
         let mut client = client
             .map_err(|_| unreachable("no answer in 5 s".into()))?
@@ -76,7 +79,11 @@ impl Store for EtcdStore {
         self.client.lease_client().revoke(registration as i64).await.map(|_| ()).map_err(said)
     }
 
-    async fn transact(&self, conditions: Vec<Condition>, changes: Vec<Change>) -> Result<bool, StoreError> {
+    async fn transact(
+        &self,
+        conditions: Vec<Condition>,
+        changes: Vec<Change>,
+    ) -> Result<Option<u64>, StoreError> {
         let compares =
             conditions.into_iter().map(|c| Compare::mod_revision(c.key, CompareOp::Equal, c.revision as i64));
         let operations = changes.into_iter().map(|c| match c.value {
@@ -90,7 +97,8 @@ impl Store for EtcdStore {
         let transaction =
             Txn::new().when(compares.collect::<Vec<_>>()).and_then(operations.collect::<Vec<_>>());
         let done = self.client.kv_client().txn(transaction).await.map_err(said)?;
-        Ok(done.succeeded())
+        let revision = done.header().map_or(0, |header| header.revision()) as u64;
+        Ok(done.succeeded().then_some(revision))
     }
 
     async fn watch(&self, prefix: &str) -> Result<mpsc::Receiver<News>, StoreError> {

@@ -9,7 +9,9 @@ pub mod conformance;
 mod embedded;
 #[cfg(feature = "etcd")]
 mod etcd;
+mod keeper;
 mod keys;
+mod leader;
 mod member;
 mod served;
 mod store;
@@ -26,7 +28,8 @@ use tokio::sync::watch;
 pub use embedded::Embedded;
 #[cfg(feature = "etcd")]
 pub use etcd::Etcd;
-pub use member::{LeadershipGuard, RegistrationGuard};
+pub use keeper::RegistrationGuard;
+pub use leader::LeadershipGuard;
 pub use served::{Served, serve};
 
 /// What kind of process registers.
@@ -164,7 +167,7 @@ pub struct View {
 /// Why the cluster cannot be reached.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// This build does not have it.
+    /// Not in this build, or not at all.
     #[error("{0}")]
     Unsupported(String),
     /// The store does not answer.
@@ -196,6 +199,9 @@ pub enum RoleError {
     /// Somebody else changed it at the same moment.
     #[error("somebody else has just changed worker {0:?}; look again")]
     Conflict(String),
+    /// The planner orders only while it leads.
+    #[error("the planner that orders is not the leader")]
+    NotLeader,
     /// The store does not answer.
     #[error(transparent)]
     Store(#[from] Error),
@@ -205,17 +211,20 @@ pub enum RoleError {
 #[async_trait]
 pub trait Membership: Send + Sync + 'static {
     /// Registers, and keeps registered until the guard leaves or drops, through any loss of the store.
-    /// Returns after the first success; an error if that does not come in time.
+    /// Returns after the first success; an error if that does not come in time. Replaces an earlier start of
+    /// the same name, and is replaced by a later one for good.
     async fn register(&self, registration: Registration) -> Result<RegistrationGuard, Error>;
 
     /// The cluster as last seen. Stays while the store is out of reach.
     fn watch(&self) -> watch::Receiver<Arc<View>>;
 
-    /// Orders a worker to take a role, if it still is in the incarnation and epoch that the order expects.
+    /// Orders a worker to take a role, if it still is in the incarnation and epoch that the order expects, and,
+    /// for an order of the planner, if this member leads: all in one transaction.
     async fn order_role(&self, worker: &str, order: RoleOrder) -> Result<(), RoleError>;
 
-    /// Waits to become the leader. Leadership ends with the guard, or when the store forgets it.
-    async fn campaign(&self, id: &str) -> Result<LeadershipGuard, Error>;
+    /// Waits to become the leader, however long that takes and whatever becomes of the store meanwhile.
+    /// Leadership ends with the guard, or when the store may have forgotten it.
+    async fn campaign(&self, id: &str) -> LeadershipGuard;
 
     /// Changes the knobs that may change while running.
     async fn set_config(&self, config: Value) -> Result<(), Error>;
@@ -232,6 +241,11 @@ pub struct Spec {
 
 /// Connects to the store that `spec` names; memory of this process alone if it names none.
 pub async fn connect(spec: &Spec, cluster: &str) -> Result<Arc<dyn Membership>, Error> {
+    if cluster.is_empty() || cluster.contains('/') {
+        let sentence =
+            format!("the cluster name {cluster:?} is not one: it has at least one letter and no slash");
+        return Err(Error::Unsupported(sentence));
+    }
     match (&spec.etcd, &spec.parent) {
         (Some(url), _) => connect_etcd(url, cluster).await,
         (None, Some(url)) => Ok(Arc::new(Served::connect(url, cluster)?)),

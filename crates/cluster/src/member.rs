@@ -1,41 +1,56 @@
-//! The one membership above all stores: keeps registrations and the view alive through any loss of the store.
+//! The one membership above all stores: follows the store for a view that outlives any loss of it.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use async_trait::async_trait;
 use serde_json::Value;
 use tandem_chassis::{Tasks, seam};
-use tokio::sync::{oneshot, watch};
+use tokio::sync::watch;
 
+use crate::keeper::{Pause, keep};
 use crate::keys::Keys;
+use crate::leader::{LeadershipGuard, Leading, campaign};
 use crate::store::{Change, Condition, News, Store};
-use crate::{Error, Membership, Registration, RoleError, RoleOrder, View};
+use crate::{By, Error, Kind, Membership, Registration, RegistrationGuard, RoleError, RoleOrder, View};
 
 /// A registration that nobody renews ends after this.
 pub(crate) const TIME_TO_LIVE: Duration = Duration::from_secs(5);
 /// Every call to the store.
-const CALL_MAX: Duration = Duration::from_secs(3);
+pub(crate) const CALL_MAX: Duration = Duration::from_secs(3);
+/// Between two tries after a loss, at most.
+pub(crate) const PAUSE_MAX: Duration = Duration::from_secs(1);
 /// How long the first registration may take.
 const JOIN_MAX: Duration = Duration::from_secs(15);
-/// Between two tries after a loss, at most.
-const PAUSE_MAX: Duration = Duration::from_secs(1);
-
-/// A store's keys with their revisions, as last seen.
-type Values = BTreeMap<String, (Vec<u8>, u64)>;
+/// An order is tried again so often when the worker's key changed meanwhile in a way that does not matter.
+const ORDER_TRIES: usize = 3;
 
 /// Membership over one store.
 pub(crate) struct Member<S> {
     shared: Arc<Shared<S>>,
-    _tasks: Tasks,
+    /// Guards hold it too.
+    following: Arc<Tasks>,
 }
 
-struct Shared<S> {
-    store: S,
-    keys: Keys,
-    values: Mutex<Values>,
+/// What a member's parts have in common.
+pub(crate) struct Shared<S> {
+    pub(crate) store: S,
+    pub(crate) keys: Keys,
+    known: Mutex<Known>,
     view: watch::Sender<Arc<View>>,
+    pub(crate) leading: Leading,
+}
+
+/// A value and the revision that put it.
+type Revised = (Vec<u8>, u64);
+
+#[derive(Default)]
+struct Known {
+    /// The store's keys, as last seen.
+    values: BTreeMap<String, Revised>,
+    /// Up to which revision of the store.
+    revision: u64,
 }
 
 impl<S: Store> Member<S> {
@@ -43,12 +58,13 @@ impl<S: Store> Member<S> {
         let shared = Arc::new(Shared {
             store,
             keys: Keys::new(cluster),
-            values: Mutex::default(),
+            known: Mutex::default(),
             view: watch::Sender::new(Arc::new(View::default())),
+            leading: Leading::default(),
         });
-        let tasks = Tasks::new();
-        tasks.spawn(shared.clone().follow());
-        Member { shared, _tasks: tasks }
+        let following = Arc::new(Tasks::new());
+        following.spawn(shared.clone().follow());
+        Member { shared, following }
     }
 }
 
@@ -57,20 +73,19 @@ impl<S: Store> Shared<S> {
     async fn follow(self: Arc<Self>) {
         let mut pause = Pause::default();
         loop {
-            let watch = self.limited(self.store.watch(self.keys.prefix())).await;
-            match watch {
+            match self.limited(self.store.watch(self.keys.prefix())).await {
                 Ok(mut news) => {
                     pause = Pause::default();
                     while let Some(batch) = news.recv().await {
                         self.take(batch);
                     }
-                    tracing::warn!(store = self.store.name(), "the store is lost; the last view stays");
                 }
                 Err(reason) => tracing::debug!(reason, "the store cannot be watched"),
             }
             self.view.send_if_modified(|view| {
                 let was = view.connected;
                 if was {
+                    tracing::warn!(store = self.store.name(), "the store is lost; the last view stays");
                     *view = Arc::new(View { connected: false, ..(**view).clone() });
                 }
                 was
@@ -80,214 +95,74 @@ impl<S: Store> Shared<S> {
     }
 
     fn take(&self, news: News) {
-        let mut values = self.values.lock().expect("nothing panics under this lock");
+        let mut known = self.known();
         if news.snapshot {
-            values.clear();
+            known.values.clear();
         }
         for (key, value, revision) in news.keys {
             match value {
-                Some(value) => values.insert(key, (value, revision)),
-                None => values.remove(&key),
+                Some(value) => known.values.insert(key, (value, revision)),
+                None => known.values.remove(&key),
             };
         }
-        let view = self.keys.view(&values, news.revision, true);
-        drop(values);
-        self.view.send_if_modified(|known| {
-            let changed = **known != view;
+        known.revision = news.revision;
+        let view = self.keys.view(&known.values, news.revision, true);
+        drop(known);
+        self.view.send_if_modified(|last| {
+            let changed = **last != view;
             if changed {
-                *known = Arc::new(view);
+                *last = Arc::new(view);
             }
             changed
         });
     }
 
-    async fn limited<T>(&self, call: impl Future<Output = Result<T, String>>) -> Result<T, String> {
-        let none = || Err(format!("no answer in {} s", CALL_MAX.as_secs()));
-        seam::timeout(CALL_MAX, call).await.unwrap_or_else(|_| none())
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().expect("nothing panics under this lock")
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<Arc<View>> {
+        self.view.subscribe()
+    }
+
+    /// A key as last seen, and the revision up to which anything has been seen.
+    pub(crate) fn shown(&self, key: &str) -> (Option<Revised>, u64) {
+        let known = self.known();
+        (known.values.get(key).cloned(), known.revision)
+    }
+
+    pub(crate) async fn limited<T>(
+        &self,
+        call: impl Future<Output = Result<T, String>>,
+    ) -> Result<T, String> {
+        self.limited_by(CALL_MAX, call).await
+    }
+
+    pub(crate) async fn limited_by<T>(
+        &self,
+        limit: Duration,
+        call: impl Future<Output = Result<T, String>>,
+    ) -> Result<T, String> {
+        let none = || Err(format!("no answer in {} ms", limit.as_millis()));
+        seam::timeout(limit, call).await.unwrap_or_else(|_| none())
     }
 
     fn unreachable(&self, reason: String) -> Error {
         Error::Unreachable { store: self.store.name(), reason }
     }
 
-    async fn put(&self, key: &str, value: Vec<u8>, registration: u64) -> Result<(), String> {
-        let change = Change { key: key.to_owned(), value: Some(value), registration };
-        self.limited(self.store.transact(Vec::new(), vec![change])).await.map(|_| ())
-    }
-
-    /// Keeps `key` registered with the latest value until told to leave, or everybody who could tell is gone.
-    async fn keep(
-        self: Arc<Self>,
-        key: String,
-        mut value: watch::Receiver<Vec<u8>>,
-        mut leave: oneshot::Receiver<oneshot::Sender<()>>,
-        registered: oneshot::Sender<()>,
-    ) {
-        let mut registered = Some(registered);
-        let mut pause = Pause::default();
-        let mut registration = None;
-        let told = loop {
-            let step = self.keep_once(&key, &mut registration, &mut value, &mut pause, &mut registered);
-            tokio::select! {
-                biased;
-                told = &mut leave => break told.ok(),
-                () = step => {}
-            }
-        };
-        if let Some(registration) = registration {
-            // Its key goes with it; if the store is away, time does it.
-            let _ = self.limited(self.store.close(registration)).await;
-        }
-        if let Some(told) = told {
-            let _ = told.send(());
-        }
-    }
-
-    /// One turn of `keep`: registers if need be, else renews or updates when it is time.
-    async fn keep_once(
-        &self,
-        key: &str,
-        registration: &mut Option<u64>,
-        value: &mut watch::Receiver<Vec<u8>>,
-        pause: &mut Pause,
-        registered: &mut Option<oneshot::Sender<()>>,
-    ) {
-        let Some(id) = *registration else {
-            let opened = self.limited(self.store.open(TIME_TO_LIVE)).await;
-            let latest = value.borrow_and_update().clone();
-            let put = match opened {
-                Ok(id) => {
-                    *registration = Some(id);
-                    self.put(key, latest, id).await
-                }
-                Err(reason) => Err(reason),
-            };
-            match put {
-                Ok(()) => {
-                    *pause = Pause::default();
-                    registered.take().map(|first| first.send(()));
-                }
-                Err(reason) => {
-                    tracing::debug!(key, reason, "not registered");
-                    *registration = None;
-                    pause.wait().await;
-                }
-            }
-            return;
-        };
-        tokio::select! {
-            changed = value.changed() => {
-                if changed.is_err() {
-                    return std::future::pending().await; // the guard is gone; `leave` says so too
-                }
-                let latest = value.borrow_and_update().clone();
-                if self.put(key, latest, id).await.is_err() {
-                    *registration = None;
-                }
-            }
-            () = seam::sleep(TIME_TO_LIVE / 3) => match self.limited(self.store.renew(id)).await {
-                Ok(true) => {}
-                Ok(false) => *registration = None,
-                // The registration may live on in the store: renewing it is the quickest way back, and if it has
-                // ended the store will say so.
-                Err(reason) => {
-                    tracing::warn!(key, reason, "the registration could not be renewed; serving goes on");
-                    *registration = None;
-                }
-            }
-        }
-    }
-}
-
-/// Pauses that double up to a bound.
-struct Pause(Duration);
-
-impl Default for Pause {
-    fn default() -> Self {
-        Pause(Duration::from_millis(50))
-    }
-}
-
-impl Pause {
-    async fn wait(&mut self) {
-        seam::sleep(self.0).await;
-        self.0 = (self.0 * 2).min(PAUSE_MAX);
-    }
-}
-
-/// A registration, kept alive. Dropping it lets it go; `leave` waits until it is gone.
-#[derive(Debug)]
-pub struct RegistrationGuard {
-    value: watch::Sender<Vec<u8>>,
-    leave: Option<oneshot::Sender<oneshot::Sender<()>>>,
-}
-
-impl RegistrationGuard {
-    /// Says something else of the process from now on. Its id and kind must stay.
-    pub fn update(&self, registration: Registration) {
-        self.value.send_replace(encode(&registration));
-    }
-
-    /// Takes the registration back.
-    pub async fn leave(mut self) {
-        let (told, left) = oneshot::channel();
-        if let Some(leave) = self.leave.take()
-            && leave.send(told).is_ok()
-        {
-            let _ = seam::timeout(CALL_MAX, left).await;
-        }
-    }
-}
-
-/// Leadership, for as long as it is not lost. Dropping it gives it up.
-#[derive(Debug)]
-pub struct LeadershipGuard {
-    _registration: RegistrationGuard,
-    id: String,
-    view: watch::Receiver<Arc<View>>,
-}
-
-impl LeadershipGuard {
-    /// Returns when somebody else leads, or nobody.
-    pub async fn lost(&mut self) {
-        let id = self.id.clone();
-        let _ = self.view.wait_for(|view| view.connected && view.leader.as_deref() != Some(&id)).await;
-    }
-}
-
-fn encode(registration: &Registration) -> Vec<u8> {
-    serde_json::to_vec(registration).expect("a registration is plain data")
-}
-
-#[async_trait]
-impl<S: Store> Membership for Member<S> {
-    async fn register(&self, registration: Registration) -> Result<RegistrationGuard, Error> {
-        let key = self.shared.keys.registration(registration.kind, &registration.id);
-        let (value, latest) = watch::channel(encode(&registration));
-        let (leave, told) = oneshot::channel();
-        let (first, registered) = oneshot::channel();
-        // Owned by the guard: it ends when that leaves or drops.
-        seam::spawn(self.shared.clone().keep(key, latest, told, first));
-        let guard = RegistrationGuard { value, leave: Some(leave) };
-        match seam::timeout(JOIN_MAX, registered).await {
-            Ok(Ok(())) => Ok(guard),
-            _ => Err(self.shared.unreachable(format!("no registration in {} s", JOIN_MAX.as_secs()))),
-        }
-    }
-
-    fn watch(&self) -> watch::Receiver<Arc<View>> {
-        self.shared.view.subscribe()
-    }
-
-    async fn order_role(&self, worker: &str, order: RoleOrder) -> Result<(), RoleError> {
-        let shared = &self.shared;
-        let key = shared.keys.registration(crate::Kind::Worker, worker);
-        let (registration, revision) = {
-            let values = shared.values.lock().expect("nothing panics under this lock");
-            let (value, revision) = values.get(&key).ok_or_else(|| RoleError::Unknown(worker.to_owned()))?;
-            let registration: Registration =
-                serde_json::from_slice(value).map_err(|_| RoleError::Unknown(worker.to_owned()))?;
-            (registration, *revision)
+    /// What must hold for `order` to be given, and up to which revision of the store this was decided.
+    fn order_conditions(&self, worker: &str, order: &RoleOrder) -> Result<(Vec<Condition>, u64), RoleError> {
+        let key = self.keys.registration(Kind::Worker, worker);
+        let known = self.known();
+        let registered = known.values.get(&key).and_then(|(value, revision)| {
+            Some((serde_json::from_slice::<Registration>(value).ok()?, *revision))
+        });
+        let Some((registration, revision)) = registered else {
+            return Err(match self.view.borrow().connected {
+                true => RoleError::Unknown(worker.to_owned()),
+                false => self.unreachable(format!("worker {worker:?} was not in its last view")).into(),
+            });
         };
         if registration.incarnation != order.incarnation || registration.epoch != order.expected_epoch {
             return Err(RoleError::Stale {
@@ -296,71 +171,61 @@ impl<S: Store> Membership for Member<S> {
                 epoch: registration.epoch.0,
             });
         }
-        let change = Change {
-            key: shared.keys.role(worker),
-            value: Some(serde_json::to_vec(&order).expect("an order is plain data")),
-            registration: 0,
-        };
-        let transact = shared.store.transact(vec![Condition { key, revision }], vec![change]);
-        match shared.limited(transact).await {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(RoleError::Conflict(worker.to_owned())),
-            Err(reason) => Err(shared.unreachable(reason).into()),
+        let mut conditions = vec![Condition { key, revision }];
+        if order.by == By::Planner {
+            let revision = self.leading.get().ok_or(RoleError::NotLeader)?;
+            conditions.push(Condition { key: self.keys.leader(), revision });
+        }
+        Ok((conditions, known.revision))
+    }
+}
+
+#[async_trait]
+impl<S: Store> Membership for Member<S> {
+    async fn register(&self, registration: Registration) -> Result<RegistrationGuard, Error> {
+        let (guard, registered) = keep(self.shared.clone(), self.following.clone(), &registration);
+        match seam::timeout(JOIN_MAX, registered).await {
+            Ok(Ok(())) => Ok(guard),
+            _ => Err(self.shared.unreachable(format!("no registration in {} s", JOIN_MAX.as_secs()))),
         }
     }
 
-    async fn campaign(&self, id: &str) -> Result<LeadershipGuard, Error> {
-        let shared = self.shared.clone();
-        let key = shared.keys.leader();
-        let mut view = self.watch();
-        loop {
-            let _ = view.wait_for(|view| view.connected && view.leader.is_none()).await;
-            let opened = shared.limited(shared.store.open(TIME_TO_LIVE)).await;
-            let registration = opened.map_err(|reason| shared.unreachable(reason))?;
-            let conditions = vec![Condition { key: key.clone(), revision: 0 }];
-            let change = Change { key: key.clone(), value: Some(id.into()), registration };
-            let won = shared.limited(shared.store.transact(conditions, vec![change])).await;
-            if won.map_err(|reason| shared.unreachable(reason))? {
-                let guard = lead(shared.clone(), registration);
-                let _ = view.wait_for(|view| view.leader.is_some()).await;
-                return Ok(LeadershipGuard { _registration: guard, id: id.to_owned(), view });
+    fn watch(&self) -> watch::Receiver<Arc<View>> {
+        self.shared.subscribe()
+    }
+
+    async fn order_role(&self, worker: &str, order: RoleOrder) -> Result<(), RoleError> {
+        let shared = &self.shared;
+        let mut view = shared.subscribe();
+        let value = serde_json::to_vec(&order).expect("an order is plain data");
+        for _ in 0..ORDER_TRIES {
+            let (conditions, known_to) = shared.order_conditions(worker, &order)?;
+            let change =
+                Change { key: shared.keys.role(worker), value: Some(value.clone()), registration: 0 };
+            match shared.limited(shared.store.transact(conditions, vec![change])).await {
+                Ok(Some(_)) => return Ok(()),
+                // The key has changed: perhaps to another state only, and the order still fits.
+                Ok(None) => {
+                    let moved = view.wait_for(|view| view.revision != known_to);
+                    let _ = seam::timeout(PAUSE_MAX, moved).await;
+                }
+                Err(reason) => return Err(shared.unreachable(reason).into()),
             }
-            let _ = shared.limited(shared.store.close(registration)).await;
-            let _ = view.changed().await;
         }
+        Err(RoleError::Conflict(worker.to_owned()))
+    }
+
+    async fn campaign(&self, id: &str) -> LeadershipGuard {
+        campaign(&self.shared, &self.following, id).await
     }
 
     async fn set_config(&self, config: Value) -> Result<(), Error> {
         let shared = &self.shared;
-        let value = config.to_string().into_bytes();
-        shared.put(&shared.keys.config(), value, 0).await.map_err(|reason| shared.unreachable(reason))
+        let value = Some(config.to_string().into_bytes());
+        let change = Change { key: shared.keys.config(), value, registration: 0 };
+        let put = shared.limited(shared.store.transact(Vec::new(), vec![change])).await;
+        put.map(|_| ()).map_err(|reason| shared.unreachable(reason))
     }
-}
-
-/// Renews leadership until the guard goes. It is never made again once lost: another may lead by then.
-fn lead<S: Store>(shared: Arc<Shared<S>>, registration: u64) -> RegistrationGuard {
-    let (value, _) = watch::channel(Vec::new());
-    let (leave, mut told) = oneshot::channel::<oneshot::Sender<()>>();
-    // Owned by the guard, as in `register`.
-    seam::spawn(async move {
-        loop {
-            tokio::select! {
-                told = &mut told => {
-                    let _ = shared.limited(shared.store.close(registration)).await;
-                    if let Ok(told) = told {
-                        let _ = told.send(());
-                    }
-                    return;
-                }
-                () = seam::sleep(TIME_TO_LIVE / 3) => {
-                    if let Ok(false) = shared.limited(shared.store.renew(registration)).await {
-                        return;
-                    }
-                }
-            }
-        }
-    });
-    RegistrationGuard { value, leave: Some(leave) }
 }
 
 /// Gives a public type the membership of the member inside it.
@@ -387,7 +252,7 @@ macro_rules! membership_by {
                 self.$field.order_role(worker, order).await
             }
 
-            async fn campaign(&self, id: &str) -> Result<crate::LeadershipGuard, crate::Error> {
+            async fn campaign(&self, id: &str) -> crate::LeadershipGuard {
                 self.$field.campaign(id).await
             }
 

@@ -36,6 +36,9 @@ pub(crate) struct News {
 }
 
 /// Three implementations: memory, a parent's memory over gRPC, etcd. Callers bring the deadlines.
+///
+/// A call that ends in an error, or is given up, may still take effect later; whoever calls must be right in
+/// either case.
 #[async_trait]
 pub(crate) trait Store: Send + Sync + 'static {
     /// For error messages.
@@ -46,8 +49,13 @@ pub(crate) trait Store: Send + Sync + 'static {
     async fn renew(&self, registration: u64) -> Result<bool, StoreError>;
     /// Ends it, and the keys under it.
     async fn close(&self, registration: u64) -> Result<(), StoreError>;
-    /// All changes, or none and `false`, if a condition does not hold.
-    async fn transact(&self, conditions: Vec<Condition>, changes: Vec<Change>) -> Result<bool, StoreError>;
+    /// All changes at once, in the revision that is returned; or `None` and no change, if a condition does not
+    /// hold.
+    async fn transact(
+        &self,
+        conditions: Vec<Condition>,
+        changes: Vec<Change>,
+    ) -> Result<Option<u64>, StoreError>;
     /// A snapshot of the keys under `prefix`, then every change. The channel closes when the store is lost.
     async fn watch(&self, prefix: &str) -> Result<mpsc::Receiver<News>, StoreError>;
 }

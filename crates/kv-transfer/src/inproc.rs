@@ -16,6 +16,8 @@ pub(crate) const NAME: &str = "inproc";
 
 /// Bytes copied between two looks at deadline and cancellation.
 const SLICE_BYTES: usize = 1 << 20;
+/// What a range costs at least, in bytes, so that many small ones are a slice too.
+const RANGE_COST: usize = 1 << 10;
 
 /// What is exported in this process, by a random id that no other process can guess or mean.
 static EXPORTS: LazyLock<Mutex<HashMap<u128, Weak<Exporting>>>> = LazyLock::new(Mutex::default);
@@ -59,7 +61,7 @@ impl Transport for Inproc {
         EXPORTS.lock().expect("nothing panics under this lock").insert(id, Arc::downgrade(&exporting));
         let mut blob = id.to_be_bytes().to_vec();
         blob.extend(incarnation.0.to_be_bytes());
-        Ok(Exported::new(NAME, blob, Box::new(Serving(exporting))))
+        Ok(Exported::new(NAME, blob, None, Box::new(Serving(exporting))))
     }
 
     async fn connect(&self, export: &Export, _deadline: Time) -> Result<Arc<dyn Peer>, Error> {
@@ -75,45 +77,53 @@ impl Transport for Inproc {
         if exporting.incarnation.0 != incarnation {
             return Err(Error::StaleIncarnation { transport: NAME });
         }
-        Ok(Arc::new(InprocPeer { exporting, closed: AtomicBool::new(false) }))
+        Ok(Arc::new(InprocPeer { exporting: Arc::downgrade(&exporting), closed: AtomicBool::new(false) }))
     }
 }
 
 struct InprocPeer {
-    exporting: Arc<Exporting>,
+    /// Weak: a peer that somebody keeps must not keep its owner's memory.
+    exporting: Weak<Exporting>,
     closed: AtomicBool,
 }
 
 impl InprocPeer {
-    fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::Acquire) || self.exporting.closed.load(Ordering::Acquire)
-    }
-
     async fn copy(&self, pull: &Pull) -> Result<u64, PullError> {
         let gone = || PullError::PeerGone("its export has ended".into());
-        let bytes = check(pull, self.exporting.region.len() as u64)?;
-        if self.is_closed() {
-            return Err(gone());
-        }
-        let permit = self.exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?;
+        let exporting = self.exporting.upgrade().ok_or_else(gone)?;
+        let may_go_on = || {
+            if self.closed.load(Ordering::Acquire) || exporting.closed.load(Ordering::Acquire) {
+                return Err(gone());
+            }
+            if seam::now() >= pull.deadline {
+                return Err(PullError::Deadline);
+            }
+            Ok(())
+        };
+        let bytes = check(pull, exporting.region.len() as u64)?;
+        may_go_on()?;
+        let permit = exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?;
+        let mut slice = 0;
         for (range, &local) in pull.remote.iter().zip(&pull.local_offsets) {
             let mut done = 0;
             while done < range.len as usize {
-                if self.is_closed() {
-                    return Err(gone());
+                if slice >= SLICE_BYTES {
+                    // Others on this thread get their turn, and a dropped pull stops here.
+                    tokio::task::yield_now().await;
+                    may_go_on()?;
+                    slice = 0;
                 }
-                if seam::now() >= pull.deadline {
-                    return Err(PullError::Deadline);
+                let len = (SLICE_BYTES - slice).min(range.len as usize - done);
+                // SAFETY: both ends are inside their regions, as checked. The permit keeps the owner from writing to
+                // the source until it drops; the caller of `pull` owns the destination until the completion. The
+                // regions may be one and the same, so nothing is said here of the two not overlapping.
+                unsafe {
+                    let from = exporting.region.as_ptr().add(range.offset as usize + done);
+                    let to = pull.local.as_ptr().add(local as usize + done);
+                    std::ptr::copy(from, to, len);
                 }
-                let len = SLICE_BYTES.min(range.len as usize - done);
-                // SAFETY: the permit keeps the owner from writing to these bytes until it drops.
-                let from = unsafe { self.exporting.region.slice(range.offset as usize + done, len) };
-                // SAFETY: the caller of `pull` owns these bytes until the completion.
-                let to = unsafe { pull.local.slice_mut(local as usize + done, len) };
-                to.copy_from_slice(from);
                 done += len;
-                // Others on this thread get their turn, and a dropped pull stops here.
-                tokio::task::yield_now().await;
+                slice += len.max(RANGE_COST);
             }
         }
         drop(permit);

@@ -10,7 +10,7 @@ mod tcp;
 
 use std::any::Any;
 use std::future::Future;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
 
@@ -35,10 +35,10 @@ pub type Permit = Box<dyn Any + Send>;
 #[error("the claim does not cover these bytes now")]
 pub struct Denied;
 
-/// The owner's side of every read. Asked once per pull; the permit it gives is honoured to its end, whatever
-/// becomes of the claim meanwhile.
+/// The owner's side of every read. Asked once per pull, or once per part of a very long one; the permit it
+/// gives is honoured to its end, whatever becomes of the claim meanwhile.
 pub trait Gate: Send + Sync + 'static {
-    /// Lets these bytes be read under this claim, or not.
+    /// Lets these bytes be read under this claim, or not. Must not block.
     fn begin(&self, claim: ClaimId, ranges: &[ByteRange]) -> Result<Permit, Denied>;
 }
 
@@ -81,8 +81,8 @@ pub struct Pull {
     pub remote: Vec<ByteRange>,
     /// Into which region of ours.
     pub local: Arc<Region>,
-    /// Where in it, one per remote range. The caller owns these bytes until the completion says that they
-    /// may be reused.
+    /// Where in it, one per remote range; no two places overlap. The caller owns these bytes until the
+    /// completion says that they may be reused.
     pub local_offsets: Vec<u64>,
     /// When to give up.
     pub deadline: Time,
@@ -164,17 +164,42 @@ pub enum Error {
 /// An exported region. Dropping it ends the export.
 pub struct Exported {
     export: Export,
+    /// Length of what stands before the address in the blob, and the port, for those that listen.
+    listens: Option<(usize, u16)>,
     _serving: Box<dyn Any + Send + Sync>,
 }
 
 impl Exported {
-    pub(crate) fn new(transport: &str, blob: Vec<u8>, serving: Box<dyn Any + Send + Sync>) -> Exported {
-        Exported { export: Export { transport: transport.to_owned(), blob }, _serving: serving }
+    /// `head` is the blob, or what stands before the address in it if the transport listens there.
+    pub(crate) fn new(
+        transport: &str,
+        head: Vec<u8>,
+        address: Option<SocketAddr>,
+        serving: Box<dyn Any + Send + Sync>,
+    ) -> Exported {
+        let listens = address.map(|address| (head.len(), address.port()));
+        let export = Export { transport: transport.to_owned(), blob: head };
+        let mut exported = Exported { export, listens, _serving: serving };
+        if let Some(address) = address {
+            exported.advertise(&address.ip().to_string());
+        }
+        exported
     }
 
     /// What peers need to reach it.
     pub fn export(&self) -> &Export {
         &self.export
+    }
+
+    /// Peers are to use this host name or address, and not the one that was bound. For processes that listen on
+    /// all addresses, none of which they can tell to be the right one. Means nothing to transports that do not
+    /// listen.
+    pub fn advertise(&mut self, host: &str) {
+        let Some((head, port)) = self.listens else { return };
+        let bare = host.contains(':') && !host.starts_with('[');
+        let address = if bare { format!("[{host}]:{port}") } else { format!("{host}:{port}") };
+        self.export.blob.truncate(head);
+        self.export.blob.extend(address.into_bytes());
     }
 }
 
@@ -184,12 +209,21 @@ pub struct Row {
     pub name: &'static str,
     /// Makes it.
     pub make: fn() -> Arc<dyn Transport>,
+    /// Cases of the conformance suite that mean nothing here, each with the reason.
+    pub not_applicable: &'static [(&'static str, &'static str)],
 }
 
 /// All transports, the best first.
 pub static TRANSPORTS: &[Row] = &[
-    Row { name: inproc::NAME, make: || Arc::new(inproc::Inproc) },
-    Row { name: tcp::NAME, make: || Arc::new(tcp::Tcp) },
+    Row {
+        name: inproc::NAME,
+        make: || Arc::new(inproc::Inproc),
+        not_applicable: &[(
+            "a_peer_that_stops_midway",
+            "the puller's own task copies, so nobody else is there to stop",
+        )],
+    },
+    Row { name: tcp::NAME, make: || Arc::new(tcp::Tcp), not_applicable: &[] },
 ];
 
 /// The best way to a peer with which a connection really stands. `allowed` is `auto` or one transport's name.
@@ -216,22 +250,32 @@ pub async fn connect_best(
     Err(Error::NoWay(refusals.join("; ")))
 }
 
-/// Checks that a pull is inside both regions. Returns its bytes.
+/// Checks that a pull is inside both regions and that its places are apart. Returns its bytes.
 fn check(pull: &Pull, remote_len: u64) -> Result<u64, PullError> {
     if pull.remote.len() != pull.local_offsets.len() {
         let (ranges, places) = (pull.remote.len(), pull.local_offsets.len());
         return Err(PullError::Invalid(format!("{ranges} ranges and {places} places")));
     }
     let mut bytes = 0u64;
+    let mut places = Vec::with_capacity(pull.remote.len());
     for (range, &local) in pull.remote.iter().zip(&pull.local_offsets) {
-        let inside = range.offset.checked_add(range.len).is_some_and(|end| end <= remote_len);
-        if !inside || !pull.local.contains(local, range.len) {
-            let ByteRange { offset, len } = range;
+        let ByteRange { offset, len } = *range;
+        let inside = offset.checked_add(len).is_some_and(|end| end <= remote_len);
+        if !inside || !pull.local.contains(local, len) {
             return Err(PullError::Invalid(format!(
                 "range {offset}+{len} to {local} is outside of a region"
             )));
         }
-        bytes += range.len;
+        bytes += len;
+        if len > 0 {
+            places.push((local, local + len));
+        }
     }
-    Ok(bytes)
+    if !places.is_sorted() {
+        places.sort_unstable();
+    }
+    match places.windows(2).find(|pair| pair[0].1 > pair[1].0) {
+        Some(pair) => Err(PullError::Invalid(format!("two ranges go to {}", pair[1].0))),
+        None => Ok(bytes),
+    }
 }

@@ -9,13 +9,13 @@
 //! All integers are big-endian.
 //! - hello, both ways: magic `TKV1`, incarnation `u64`, export id `u128`; from the owner also a status byte and
 //!   the region's length `u64`
-//! - request: claim `u128`, ranges `u32`, then offset `u64` and length `u64` of each
+//! - request: claim `u128`, ranges `u32`, milliseconds the puller still waits `u32`, then offset `u64` and
+//!   length `u64` of each range
 //! - answer: status byte (0 good, 1 denied, 2 invalid), then the bytes
 
 use std::collections::VecDeque;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -25,7 +25,7 @@ use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 use crate::{Buffers, ByteRange, Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
 
@@ -36,12 +36,19 @@ const MAGIC: &[u8; 4] = b"TKV1";
 const CONNECTIONS_MAX: usize = 256;
 /// Pulls a peer has under way at once, each on a lane of its own; more wait.
 const LANES: usize = 4;
-/// Ranges of one request at most.
+/// Ranges of one request at most; a pull of more is several requests.
 const RANGES_MAX: usize = 1 << 16;
+/// Ranges of one system call at most.
+const PARTS_MAX: usize = 256;
 /// Time for a hello, and for a puller that reads nothing.
 const STALL_MAX: Duration = Duration::from_secs(10);
+/// Time for one answer, whatever its puller says, and what a puller may be late in noticing its own deadline.
+const ANSWER_MAX: Duration = Duration::from_secs(600);
+const GRACE: Duration = Duration::from_secs(1);
 /// A lane without requests is closed by the owner after this.
 const IDLE_MAX: Duration = Duration::from_secs(120);
+
+const HEAD_BYTES: usize = 24;
 
 const GOOD: u8 = 0;
 const DENIED: u8 = 1;
@@ -67,35 +74,41 @@ impl Transport for Tcp {
         let listener = seam::listen(SocketAddr::new(bind, 0)).await.map_err(failed)?;
         let mut address = listener.local_addr().map_err(failed)?;
         if address.ip().is_unspecified() {
-            // Peers on other hosts need a real address: `--bind` names one where that matters.
-            address.set_ip(IpAddr::from([127, 0, 0, 1]));
+            // No address, but it does on this host; `Exported::advertise` says better where that matters.
+            address.set_ip(match address.ip() {
+                IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+                IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+            });
         }
         let id = seam::random_u128();
         let mut blob = incarnation.0.to_be_bytes().to_vec();
         blob.extend(id.to_be_bytes());
-        blob.extend(address.to_string().into_bytes());
         let owner = Arc::new(Owner { region, gate, incarnation, id });
         let tasks = Tasks::new();
         tasks.spawn(accept(listener, owner));
-        Ok(Exported::new(NAME, blob, Box::new(tasks)))
+        Ok(Exported::new(NAME, blob, Some(address), Box::new(tasks)))
     }
 
     async fn connect(&self, export: &Export, deadline: Time) -> Result<Arc<dyn Peer>, Error> {
         let malformed = |reason: &str| Error::Malformed { transport: NAME, reason: reason.to_owned() };
         let (head, address) = export.blob.split_at_checked(24).ok_or_else(|| malformed("it is too short"))?;
-        let address = std::str::from_utf8(address).ok().and_then(|text| text.parse().ok());
+        let address = std::str::from_utf8(address).ok().filter(|text| is_address(text));
         let peer = TcpPeer {
-            address: address.ok_or_else(|| malformed("it has no address"))?,
+            address: address.ok_or_else(|| malformed("it has no address"))?.to_owned(),
             incarnation: u64::from_be_bytes(head[..8].try_into().expect("eight bytes")),
             id: u128::from_be_bytes(head[8..].try_into().expect("sixteen bytes")),
             lanes: Mutex::default(),
             permits: Semaphore::new(LANES),
-            closed: AtomicBool::new(false),
+            closed: watch::Sender::new(false),
         };
         let lane = peer.open_lane(deadline).await?;
         peer.keep(lane);
         Ok(Arc::new(peer))
     }
+}
+
+fn is_address(text: &str) -> bool {
+    text.rsplit_once(':').is_some_and(|(host, port)| !host.is_empty() && port.parse::<u16>().is_ok())
 }
 
 // ---------------------------------------------------------------------- the owner
@@ -149,17 +162,20 @@ impl Owner {
             return Ok(());
         }
         loop {
-            let mut head = [0; 20];
+            let mut head = [0; HEAD_BYTES];
             limited(IDLE_MAX, stream.read_exact(&mut head)).await?;
             let claim = ClaimId(u128::from_be_bytes(head[..16].try_into().expect("sixteen bytes")));
-            let count = u32::from_be_bytes(head[16..].try_into().expect("four bytes")) as usize;
+            let count = u32::from_be_bytes(head[16..20].try_into().expect("four bytes")) as usize;
+            let left = u32::from_be_bytes(head[20..].try_into().expect("four bytes"));
             if count > RANGES_MAX {
                 return stream.write_all(&[INVALID]).await;
             }
             let mut list = vec![0; count * 16];
             limited(STALL_MAX, stream.read_exact(&mut list)).await?;
             let ranges: Vec<ByteRange> = list.chunks_exact(16).map(read_range).collect();
-            self.answer(&mut stream, claim, &ranges).await?;
+            // Nobody waits for it longer, so nobody's pages are kept for it longer.
+            let left = Duration::from_millis(u64::from(left)).min(ANSWER_MAX) + GRACE;
+            limited(left, self.answer(&mut stream, claim, &ranges)).await?;
         }
     }
 
@@ -181,7 +197,8 @@ impl Owner {
 /// Writes all parts, as many per system call as it takes.
 async fn write_all(stream: &mut TcpStream, parts: &mut VecDeque<&[u8]>) -> io::Result<()> {
     while !parts.is_empty() {
-        let slices: Vec<io::IoSlice<'_>> = parts.iter().take(64).map(|part| io::IoSlice::new(part)).collect();
+        let slices: Vec<io::IoSlice<'_>> =
+            parts.iter().take(PARTS_MAX).map(|part| io::IoSlice::new(part)).collect();
         // A puller that reads nothing keeps pages from their owner, so it is given up.
         let mut written = limited(STALL_MAX, stream.write_vectored(&slices)).await?;
         if written == 0 && slices.iter().any(|slice| !slice.is_empty()) {
@@ -213,27 +230,26 @@ async fn limited<T>(limit: Duration, io: impl Future<Output = io::Result<T>>) ->
 // ---------------------------------------------------------------------- the puller
 
 struct TcpPeer {
-    address: SocketAddr,
+    /// Host and port.
+    address: String,
     incarnation: u64,
     id: u128,
     /// Lanes without a pull.
     lanes: Mutex<Vec<Lane>>,
     permits: Semaphore,
-    closed: AtomicBool,
+    closed: watch::Sender<bool>,
 }
 
 struct Lane {
     stream: TcpStream,
     remote_len: u64,
-    /// It has carried a pull before, so it may have been closed meanwhile for lack of use.
-    used: bool,
 }
 
 impl TcpPeer {
     async fn open_lane(&self, deadline: Time) -> Result<Lane, Error> {
         let unreachable = |reason: String| Error::Unreachable { transport: NAME, reason };
         let open = async {
-            let mut stream = seam::connect(self.address).await?;
+            let mut stream = seam::connect(&*self.address).await?;
             let mut hello = MAGIC.to_vec();
             hello.extend(self.incarnation.to_be_bytes());
             hello.extend(self.id.to_be_bytes());
@@ -253,12 +269,14 @@ impl TcpPeer {
             return Err(Error::StaleIncarnation { transport: NAME });
         }
         let remote_len = u64::from_be_bytes(answer[5..].try_into().expect("eight bytes"));
-        Ok(Lane { stream, remote_len, used: false })
+        Ok(Lane { stream, remote_len })
     }
 
     fn keep(&self, lane: Lane) {
-        if !self.closed.load(Ordering::Acquire) {
-            self.lanes.lock().expect("nothing panics under this lock").push(lane);
+        let mut lanes = self.lanes.lock().expect("nothing panics under this lock");
+        // Under the lock: `close` says so first and clears the lanes then.
+        if !*self.closed.borrow() {
+            lanes.push(lane);
         }
     }
 
@@ -268,77 +286,130 @@ impl TcpPeer {
 
     async fn try_pull(&self, pull: &Pull) -> Result<u64, PullError> {
         let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
-        if self.closed.load(Ordering::Acquire) {
-            return Err(PullError::PeerGone("closed".into()));
-        }
         loop {
-            let mut lane = match self.idle_lane() {
+            let idle = self.idle_lane();
+            let fresh = idle.is_none();
+            let mut lane = match idle {
                 Some(lane) => lane,
                 None => {
                     let opened = self.open_lane(pull.deadline).await;
                     opened.map_err(|error| PullError::PeerGone(error.to_string()))?
                 }
             };
-            let (used, bytes) = (lane.used, check(pull, lane.remote_len)?);
-            match lane.request(pull).await {
-                Ok(GOOD) => {}
-                Ok(status) => {
-                    // The lane is in order, unless the request itself was not understood.
-                    if status == DENIED {
-                        self.keep(lane);
-                        return Err(PullError::Denied);
-                    }
-                    return Err(PullError::Invalid("the owner does not accept the ranges".into()));
+            let bytes = match check(pull, lane.remote_len) {
+                Ok(bytes) => bytes,
+                Err(error) => {
+                    self.keep(lane);
+                    return Err(error);
                 }
-                // An idle lane may have been closed by its owner: then a fresh one decides.
-                Err(_) if used => continue,
+            };
+            // A lane that does not come to its end here is dropped: its socket is closed with the future.
+            match lane.pull(pull).await {
+                Ok(GOOD) => {
+                    self.keep(lane);
+                    return Ok(bytes);
+                }
+                Ok(DENIED) => {
+                    self.keep(lane);
+                    return Err(PullError::Denied);
+                }
+                Ok(_) => return Err(PullError::Invalid("the owner does not accept the ranges".into())),
+                // Its owner may have closed an idle lane meanwhile: then a fresh one decides.
+                Err(_) if !fresh => {}
                 Err(error) => return Err(PullError::PeerGone(error.to_string())),
             }
-            // From here on a lane that fails is dropped: its socket is closed with the future.
-            lane.receive(pull).await.map_err(|error| PullError::PeerGone(error.to_string()))?;
-            lane.used = true;
-            self.keep(lane);
-            return Ok(bytes);
         }
     }
 }
 
 impl Lane {
-    /// Sends the request; returns the status of its answer.
-    async fn request(&mut self, pull: &Pull) -> io::Result<u8> {
-        let mut request = Vec::with_capacity(20 + pull.remote.len() * 16);
+    /// Brings everything, in as many requests as it takes. Returns the status that the last one got.
+    async fn pull(&mut self, pull: &Pull) -> io::Result<u8> {
+        for batch in 0..pull.remote.len().div_ceil(RANGES_MAX).max(1) {
+            let begin = batch * RANGES_MAX;
+            let end = pull.remote.len().min(begin + RANGES_MAX);
+            let status = self.request(pull, &pull.remote[begin..end]).await?;
+            if status != GOOD {
+                return Ok(status);
+            }
+            let places = pull.remote[begin..end].iter().zip(&pull.local_offsets[begin..end]);
+            // SAFETY: the caller of `pull` owns these bytes until the completion or the drop of the pull, and this
+            // future, which alone writes to them, ends with either. The places are inside the region and apart, as
+            // checked.
+            let places = places
+                .filter(|(range, _)| range.len > 0)
+                .map(|(range, &local)| unsafe { pull.local.slice_mut(local as usize, range.len as usize) });
+            read_all(&self.stream, places.collect()).await?;
+        }
+        Ok(GOOD)
+    }
+
+    /// Sends one request; returns the status of its answer.
+    async fn request(&mut self, pull: &Pull, ranges: &[ByteRange]) -> io::Result<u8> {
+        let left = pull.deadline.remaining(seam::now()).as_millis();
+        let mut request = Vec::with_capacity(HEAD_BYTES + ranges.len() * 16);
         request.extend(pull.claim.0.to_be_bytes());
-        request.extend((pull.remote.len() as u32).to_be_bytes());
-        for range in &pull.remote {
+        request.extend((ranges.len() as u32).to_be_bytes());
+        request.extend(u32::try_from(left).unwrap_or(u32::MAX).to_be_bytes());
+        for range in ranges {
             request.extend(range.offset.to_be_bytes());
             request.extend(range.len.to_be_bytes());
         }
         self.stream.write_all(&request).await?;
         self.stream.read_u8().await
     }
+}
 
-    /// Reads all bytes to their places.
-    async fn receive(&mut self, pull: &Pull) -> io::Result<()> {
-        for (range, &local) in pull.remote.iter().zip(&pull.local_offsets) {
-            // SAFETY: the caller of `pull` owns these bytes until the completion or the drop of the pull, and this
-            // future, which alone writes to them, ends with either.
-            let to = unsafe { pull.local.slice_mut(local as usize, range.len as usize) };
-            self.stream.read_exact(to).await?;
+/// Fills all parts, none of which is empty, as many per system call as it takes.
+async fn read_all(stream: &TcpStream, mut parts: VecDeque<&mut [u8]>) -> io::Result<()> {
+    while !parts.is_empty() {
+        stream.readable().await?;
+        // A peer that is always faster than we must not keep others from this thread.
+        tokio::task::coop::consume_budget().await;
+        let mut slices: Vec<io::IoSliceMut<'_>> =
+            parts.iter_mut().take(PARTS_MAX).map(|part| io::IoSliceMut::new(part)).collect();
+        let mut read = match stream.try_read_vectored(&mut slices) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(read) => read,
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
+            Err(error) => return Err(error),
+        };
+        while read > 0
+            && let Some(part) = parts.pop_front()
+        {
+            if read < part.len() {
+                parts.push_front(&mut part[read..]);
+                break;
+            }
+            read -= part.len();
         }
-        Ok(())
     }
+    Ok(())
 }
 
 #[async_trait]
 impl Peer for TcpPeer {
     async fn pull(&self, pull: Pull) -> Completion {
+        let mut closed = self.closed.subscribe();
         let left = pull.deadline.remaining(seam::now());
-        let bytes = seam::timeout(left, self.try_pull(&pull)).await.unwrap_or(Err(PullError::Deadline));
+        let bytes = if left.is_zero() {
+            Err(PullError::Deadline)
+        } else {
+            tokio::select! {
+                biased;
+                _ = closed.wait_for(|closed| *closed) => Err(PullError::PeerGone("closed here".into())),
+                done = seam::timeout(left, self.try_pull(&pull)) => done.unwrap_or(Err(PullError::Deadline)),
+            }
+        };
+        // What was not brought to its end is dropped by now, and its socket with it.
         Completion { bytes, buffers: Buffers::Reusable }
     }
 
     fn close(&self) {
-        self.closed.store(true, Ordering::Release);
+        self.closed.send_replace(true);
         self.lanes.lock().expect("nothing panics under this lock").clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,8 +1,8 @@
-//! Every row of the table passes the suite.
+//! Every row of the table passes the suite, on one thread and on several.
 
-use tandem_kv_transfer::{TRANSPORTS, conformance};
+use tandem_kv_transfer::{Row, TRANSPORTS, conformance};
 
-fn row(name: &str) -> &'static tandem_kv_transfer::Row {
+fn row(name: &str) -> &'static Row {
     TRANSPORTS.iter().find(|row| row.name == name).expect("a row")
 }
 
@@ -11,7 +11,26 @@ async fn inproc_holds_what_a_transport_must() {
     conformance::run(row("inproc")).await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn inproc_holds_it_on_several_threads() {
+    conformance::run(row("inproc")).await;
+}
+
 #[tokio::test]
 async fn tcp_holds_what_a_transport_must() {
     conformance::run(row("tcp")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn tcp_holds_it_on_several_threads() {
+    conformance::run(row("tcp")).await;
+}
+
+#[test]
+fn every_row_has_a_test_here() {
+    let names: Vec<&str> = TRANSPORTS.iter().map(|row| row.name).collect();
+    assert_eq!(names, ["inproc", "tcp"], "a new row of the table runs the suite in this file");
+    for row in TRANSPORTS {
+        assert_eq!((row.make)().name(), row.name);
+    }
 }

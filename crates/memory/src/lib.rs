@@ -32,8 +32,8 @@ impl Region {
         Region::map(bytes, flags, None)
     }
 
-    /// Memory behind a file descriptor that can be passed to peers on this host. It can neither grow nor
-    /// shrink, so nobody who maps it can be hit by a truncation.
+    /// Memory behind a file descriptor that can be passed to peers on this host. Sealed for good: it can neither
+    /// grow nor shrink, so nobody who maps it can be hit by a truncation.
     ///
     /// # Errors
     /// As for `anonymous`.
@@ -46,11 +46,11 @@ impl Region {
         }
         // SAFETY: the descriptor is new and owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
         // SAFETY: plain system calls on a descriptor that is open.
         let sized = unsafe {
             libc::ftruncate(fd.as_raw_fd(), bytes as libc::off_t) == 0
-                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK | libc::F_SEAL_GROW)
-                    == 0
+                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) == 0
         };
         if !sized {
             return Err(io::Error::last_os_error());
@@ -150,12 +150,73 @@ mod tests {
     }
 
     #[test]
-    fn only_shared_regions_have_a_descriptor_and_it_cannot_be_truncated() {
+    fn only_shared_regions_have_a_descriptor_and_it_stays_as_it_is() {
         assert!(Region::anonymous(1).unwrap().fd().is_none());
         let region = Region::shared(4096).unwrap();
         let fd = region.fd().unwrap().as_raw_fd();
-        // SAFETY: a plain system call on an open descriptor.
-        assert_ne!(unsafe { libc::ftruncate(fd, 1) }, 0);
+        // SAFETY: plain system calls on an open descriptor.
+        unsafe {
+            assert_ne!(libc::ftruncate(fd, 1), 0, "it does not shrink");
+            assert_ne!(libc::ftruncate(fd, 8192), 0, "it does not grow");
+            assert_ne!(libc::fcntl(fd, libc::F_ADD_SEALS, libc::F_SEAL_WRITE), 0, "nobody adds a seal");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_maps_the_descriptor_sees_the_same_bytes_also_after_the_owner_is_gone() {
+        let region = Region::shared(4096).unwrap();
+        let fd = region.fd().unwrap().try_clone_to_owned().unwrap();
+        let peer = Region::map(4096, libc::MAP_SHARED, Some(fd)).unwrap();
+        // SAFETY: one thread uses both mappings, one slice at a time.
+        unsafe {
+            region.slice_mut(100, 3).copy_from_slice(b"abc");
+            assert_eq!(peer.slice(100, 3), b"abc");
+            drop(region);
+            assert_eq!(peer.slice(100, 3), b"abc");
+        }
+    }
+
+    /// Lines of a file under `/proc/self` that are about the mapping of this file.
+    fn mappings_of(inode: u64) -> usize {
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        maps.lines().filter(|line| line.split_whitespace().nth(4) == Some(&inode.to_string())).count()
+    }
+
+    #[test]
+    fn a_dropped_region_is_unmapped() {
+        use std::os::unix::fs::MetadataExt;
+        let region = Region::shared(1 << 20).unwrap();
+        let file = std::fs::File::from(region.fd().unwrap().try_clone_to_owned().unwrap());
+        let inode = file.metadata().unwrap().ino();
+        assert_eq!(mappings_of(inode), 1);
+        drop(region);
+        assert_eq!(mappings_of(inode), 0);
+    }
+
+    #[test]
+    fn memory_is_advised_for_huge_pages_and_costs_nothing_until_it_is_touched() {
+        if !std::path::Path::new("/sys/kernel/mm/transparent_hugepage").exists() {
+            eprintln!("SKIPPED: this system has no huge pages");
+            return;
+        }
+        let region = Region::anonymous(64 << 20).unwrap();
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        // A mapping may have been joined with a neighbour, so it is looked for by an address inside.
+        let inside = region.as_ptr() as u64 + (32 << 20);
+        let mut about = smaps.lines().skip_while(|line| {
+            let range = line.split_whitespace().next().and_then(|range| range.split_once('-'));
+            let parse = |text| u64::from_str_radix(text, 16).ok();
+            let range = range.and_then(|(from, to)| Some(parse(from)?..parse(to)?));
+            !range.is_some_and(|range| range.contains(&inside))
+        });
+        let flags = about.find(|line| line.starts_with("VmFlags:")).expect("the region is mapped");
+        assert!(flags.split_whitespace().any(|flag| flag == "hg"), "{flags}");
+        let mut pages = vec![0u8; (32 << 20) / 4096];
+        let middle = (inside & !4095) as *mut libc::c_void;
+        // SAFETY: asks about pages of the region, one byte each.
+        let asked = unsafe { libc::mincore(middle, pages.len() * 4096 - 4096, pages.as_mut_ptr()) };
+        assert_eq!(asked, 0, "{}", io::Error::last_os_error());
+        assert!(pages.iter().all(|page| page & 1 == 0), "nothing is resident");
     }
 
     #[test]
@@ -164,6 +225,12 @@ mod tests {
         let region = Region::anonymous(100).unwrap();
         assert!(region.contains(0, 100) && region.contains(100, 0));
         assert!(!region.contains(1, 100) && !region.contains(u64::MAX, 2));
+    }
+
+    #[test]
+    fn more_than_there_can_be_is_an_error() {
+        assert!(Region::anonymous(usize::MAX).is_err());
+        assert!(Region::shared(usize::MAX).is_err());
     }
 
     #[test]

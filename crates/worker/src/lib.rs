@@ -305,7 +305,9 @@ async fn export(
             continue;
         }
         let exported = (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await;
-        exports.push(exported.map_err(|error| StartError::Export(format!("{}: {error}", row.name)))?);
+        let mut exported = exported.map_err(|error| StartError::Export(format!("{}: {error}", row.name)))?;
+        exported.advertise(&advertised_host(config));
+        exports.push(exported);
     }
     if exports.is_empty() {
         return Err(StartError::Export(format!("no transport is called {:?}", config.transport)));
