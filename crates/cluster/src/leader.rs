@@ -121,7 +121,7 @@ async fn last<S: Store>(shared: &Arc<Shared<S>>, registration: u64, opened: Time
     let mut good_until = opened + TIME_TO_LIVE;
     loop {
         tokio::select! {
-            
+            () = seam::sleep_until(good_until) => return,
             _ = view.changed() => {
                 let (shown, known_to) = shared.shown(&key);
                 if known_to >= revision && shown.map(|(_, shown)| shown) != Some(revision) {

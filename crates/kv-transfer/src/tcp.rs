@@ -16,6 +16,7 @@
 use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -38,6 +39,8 @@ const CONNECTIONS_MAX: usize = 256;
 const LANES: usize = 4;
 /// Ranges of one request at most; a pull of more is several requests.
 const RANGES_MAX: usize = 1 << 16;
+/// A pull reads so much, and then others get their turn.
+const TURN_BYTES: usize = 1 << 20;
 /// Ranges of one system call at most.
 const PARTS_MAX: usize = 256;
 /// Time for a hello, and for a puller that reads nothing.
@@ -83,10 +86,10 @@ impl Transport for Tcp {
         let id = seam::random_u128();
         let mut blob = incarnation.0.to_be_bytes().to_vec();
         blob.extend(id.to_be_bytes());
-        let owner = Arc::new(Owner { region, gate, incarnation, id });
+        let owner = Arc::new(Owner { region, gate, incarnation, id, closed: AtomicBool::new(false) });
         let tasks = Tasks::new();
-        tasks.spawn(accept(listener, owner));
-        Ok(Exported::new(NAME, blob, Some(address), Box::new(tasks)))
+        tasks.spawn(accept(listener, owner.clone()));
+        Ok(Exported::new(NAME, blob, Some(address), Box::new(Serving { owner, _tasks: tasks })))
     }
 
     async fn connect(&self, export: &Export, deadline: Time) -> Result<Arc<dyn Peer>, Error> {
@@ -118,6 +121,20 @@ struct Owner {
     gate: Arc<dyn Gate>,
     incarnation: Incarnation,
     id: u128,
+    closed: AtomicBool,
+}
+
+/// The export: everything ends when this drops.
+struct Serving {
+    owner: Arc<Owner>,
+    _tasks: Tasks,
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        // Tasks that run on other threads end a little later than they are told to; nothing begins meanwhile.
+        self.owner.closed.store(true, Ordering::Release);
+    }
 }
 
 async fn accept(listener: TcpListener, owner: Arc<Owner>) {
@@ -153,6 +170,7 @@ impl Owner {
         }
         let wanted = u64::from_be_bytes(hello[4..12].try_into().expect("eight bytes"));
         let id = u128::from_be_bytes(hello[12..].try_into().expect("sixteen bytes"));
+        self.check_open()?;
         let known = wanted == self.incarnation.0 && id == self.id;
         let mut answer = MAGIC.to_vec();
         answer.push(if known { GOOD } else { DENIED });
@@ -179,10 +197,18 @@ impl Owner {
         }
     }
 
+    fn check_open(&self) -> io::Result<()> {
+        match self.closed.load(Ordering::Acquire) {
+            true => Err(io::Error::other("the export has ended")),
+            false => Ok(()),
+        }
+    }
+
     async fn answer(&self, stream: &mut TcpStream, claim: ClaimId, ranges: &[ByteRange]) -> io::Result<()> {
         if !ranges.iter().all(|range| self.region.contains(range.offset, range.len)) {
             return stream.write_all(&[INVALID]).await;
         }
+        self.check_open()?;
         let Ok(permit) = self.gate.begin(claim, ranges) else { return stream.write_all(&[DENIED]).await };
         // SAFETY: inside the region, as checked; the permit keeps everybody from writing to these bytes until it
         // drops, which is after the last use of the slices.
@@ -362,10 +388,14 @@ impl Lane {
 
 /// Fills all parts, none of which is empty, as many per system call as it takes.
 async fn read_all(stream: &TcpStream, mut parts: VecDeque<&mut [u8]>) -> io::Result<()> {
+    let mut turn = 0;
     while !parts.is_empty() {
+        if turn >= TURN_BYTES {
+            // A peer that is always faster than we must not keep others from this thread.
+            tokio::task::yield_now().await;
+            turn = 0;
+        }
         stream.readable().await?;
-        // A peer that is always faster than we must not keep others from this thread.
-        tokio::task::coop::consume_budget().await;
         let mut slices: Vec<io::IoSliceMut<'_>> =
             parts.iter_mut().take(PARTS_MAX).map(|part| io::IoSliceMut::new(part)).collect();
         let mut read = match stream.try_read_vectored(&mut slices) {
@@ -374,6 +404,7 @@ async fn read_all(stream: &TcpStream, mut parts: VecDeque<&mut [u8]>) -> io::Res
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
             Err(error) => return Err(error),
         };
+        turn += read;
         while read > 0
             && let Some(part) = parts.pop_front()
         {
