@@ -13,6 +13,7 @@
 mod admit;
 mod apply;
 mod batcher;
+pub mod pace;
 mod plan;
 mod sequence;
 

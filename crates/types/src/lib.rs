@@ -5,6 +5,7 @@
 mod handle;
 mod ids;
 mod sampling;
+mod step_time;
 mod time;
 
 pub use handle::{Export, GroupPages, Handle, KvForm, KvIdentity, PageRef};
@@ -13,6 +14,7 @@ pub use ids::{
     Target, TokenId, WorkerId, WorkerState,
 };
 pub use sampling::{FinishReason, Sampled, SamplingParams, ServiceClass, StopRules, Until, Usage};
+pub use step_time::{StepTime, attention_pairs};
 pub use time::Time;
 
 /// Tokens per block: the unit of hashing and reuse, equal in the whole cluster.

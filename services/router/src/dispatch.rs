@@ -446,6 +446,7 @@ impl Course {
             ordinal: self.ordinal,
             prompt_tokens: (self.request.prompt.len() + self.delivered.len()) as u32,
             max_tokens: self.request.stop.max_tokens,
+            ..tandem_placement::Request::default()
         }
     }
 

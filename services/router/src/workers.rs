@@ -262,5 +262,6 @@ fn candidate(id: &WorkerId, linked: &Linked) -> Candidate {
         waiting: load.waiting,
         waiting_tokens: load.waiting_tokens + tokens_beyond,
         kv_usage: if load.blocks_total == 0 { 0.0 } else { used as f32 / load.blocks_total as f32 },
+        ..Candidate::default()
     }
 }

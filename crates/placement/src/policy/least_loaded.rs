@@ -1,47 +1,69 @@
-//! The worker of a side with the least work: waiting prompt tokens first, then sequences, then KV in use.
+//! The worker of a side with the least work: queued prefill for the first stage, tokens held for the second.
+//!
+//! Where a worker's step times are unknown, waiting prompt tokens, sequences and KV in use stand in for both.
 
-use super::Policy;
+use super::{Policy, Stage};
+use crate::candidate::sane_seconds;
 use crate::{Candidate, Request};
 
 /// Prompt tokens that weigh as much as one sequence in flight: about what one decode step costs in prefill.
 const TOKENS_PER_SEQUENCE: u64 = 64;
+/// What a running decode weighs beside queued prefill: enough to break ties.
+const SECONDS_PER_DECODE: f64 = 50e-6;
 
 /// The worker of a side with the least work; equals go round.
 pub struct LeastLoaded;
 
 impl Policy for LeastLoaded {
-    fn best(&self, request: &Request, candidates: &[Candidate], side: &[usize]) -> usize {
-        let work = |&index: &usize| {
+    fn best(&self, stage: Stage, request: &Request, candidates: &[Candidate], side: &[usize]) -> usize {
+        let known = side.iter().all(|&index| candidates[index].model.is_some());
+        let work = |index: usize| {
             let c = &candidates[index];
-            let sequences = u64::from(c.in_flight.max(c.running + c.waiting));
-            (c.waiting_tokens + sequences * TOKENS_PER_SEQUENCE, (c.kv_usage * 100.0) as u64)
+            match stage {
+                Stage::Prefill if known => {
+                    ((sane_seconds(c.queue_seconds) + f64::from(c.decodes) * SECONDS_PER_DECODE) * 1e9) as u64
+                }
+                Stage::Decode if known => c.decode_tokens,
+                _ => {
+                    let sequences = u64::from(c.in_flight.max(c.running.saturating_add(c.waiting)));
+                    let tokens = c.waiting_tokens.saturating_add(sequences * TOKENS_PER_SEQUENCE);
+                    // KV in use breaks ties only.
+                    tokens.saturating_mul(128) + (c.kv_usage.clamp(0.0, 1.0) * 100.0) as u64
+                }
+            }
         };
-        let least = side.iter().map(work).min().expect("a side is never empty");
-        let equals: Vec<usize> = side.iter().copied().filter(|index| work(index) == least).collect();
-        equals[(request.ordinal % equals.len() as u64) as usize]
+        least(request.ordinal, side, work)
     }
+}
+
+/// The one with the least work; equals go round by the ordinal.
+pub(crate) fn least(ordinal: u64, side: &[usize], work: impl Fn(usize) -> u64) -> usize {
+    let (mut best, mut least, mut equals) = (side[0], u64::MAX, 0u64);
+    for &index in side {
+        let work = work(index);
+        if work < least || equals == 0 {
+            (best, least, equals) = (index, work, 1);
+        } else if work == least {
+            equals += 1;
+        }
+    }
+    if equals == 1 {
+        return best;
+    }
+    let nth = (ordinal % equals) as usize;
+    side.iter().copied().filter(|&index| work(index) == least).nth(nth).unwrap_or(best)
 }
 
 #[cfg(test)]
 mod tests {
-    use tandem_types::Role;
-
     use super::*;
 
     fn choose(loads: &[(u32, u64)], ordinal: u64) -> usize {
         let candidates: Vec<Candidate> = loads
             .iter()
-            .map(|&(in_flight, waiting_tokens)| Candidate {
-                worker: "w".into(),
-                role: Role::Mixed,
-                in_flight,
-                running: 0,
-                waiting: 0,
-                waiting_tokens,
-                kv_usage: 0.0,
-            })
+            .map(|&(in_flight, waiting_tokens)| Candidate { in_flight, waiting_tokens, ..Candidate::default() })
             .collect();
-        let request = Request { ordinal, prompt_tokens: 8, max_tokens: 8 };
+        let request = Request { ordinal, prompt_tokens: 8, max_tokens: 8, ..Request::default() };
         LeastLoaded.choose(&request, &candidates).expect("somebody can").prefill
     }
 

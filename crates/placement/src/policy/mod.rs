@@ -1,17 +1,31 @@
 //! The policies, one file each, and the table of them.
 
+pub mod cost;
 pub mod least_loaded;
+pub mod prefix;
 pub mod round_robin;
 
+use serde::Serialize;
+
 use crate::{Candidate, Request, Route, decode_side, prefill_side};
+
+/// A part of a route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// Computing the prompt and the first token.
+    Prefill,
+    /// Going on from there.
+    Decode,
+}
 
 /// Chooses routes.
 ///
 /// `choose` sees all candidates and returns `None` only if no candidate can do the work. It must be pure:
-/// same arguments, same answer. `rank` orders the workers of one side; everything else follows from it.
+/// same arguments, same answer. `best` orders the workers of one side; a simple policy needs nothing else.
 pub trait Policy: Send + Sync {
-    /// The best of `side` (indices into `candidates`, never empty) for this request.
-    fn best(&self, request: &Request, candidates: &[Candidate], side: &[usize]) -> usize;
+    /// The best of `side` (indices into `candidates`, never empty) for this stage of this request.
+    fn best(&self, stage: Stage, request: &Request, candidates: &[Candidate], side: &[usize]) -> usize;
 
     /// A route: the best for prefill; decode stays there if that worker is on the decode side too, for then
     /// nothing has to travel.
@@ -20,7 +34,7 @@ pub trait Policy: Send + Sync {
         if side.is_empty() {
             return None;
         }
-        let prefill = self.best(request, candidates, &side);
+        let prefill = self.best(Stage::Prefill, request, candidates, &side);
         let decode = self.choose_decode(request, candidates, Some(prefill))?;
         Some(Route { prefill, decode })
     }
@@ -39,8 +53,48 @@ pub trait Policy: Send + Sync {
         if side.is_empty() {
             return None;
         }
-        Some(self.best(request, candidates, &side))
+        Some(self.best(Stage::Decode, request, candidates, &side))
     }
+
+    /// Why `choose` chooses what it chooses. Made when somebody asks: the same arguments give the same answer.
+    fn explain(&self, request: &Request, candidates: &[Candidate]) -> Explanation {
+        let chosen = self.choose(request, candidates);
+        let reason = match chosen {
+            None => "no candidate can prefill and decode".to_owned(),
+            Some(Route { prefill, decode }) => format!(
+                "{} is the best of {} for prefill, {} of {} for decode",
+                candidates[prefill].worker,
+                prefill_side(candidates).len(),
+                candidates[decode].worker,
+                decode_side(candidates).len()
+            ),
+        };
+        Explanation { chosen, reason, considered: Vec::new() }
+    }
+}
+
+/// Why a route was chosen.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Explanation {
+    /// The route, if there is one.
+    pub chosen: Option<Route>,
+    /// In a sentence.
+    pub reason: String,
+    /// Routes that were looked at, the best first, where the policy weighs whole routes.
+    pub considered: Vec<Considered>,
+}
+
+/// A route and what it would cost.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct Considered {
+    /// Who prefills.
+    pub prefill: String,
+    /// Who decodes.
+    pub decode: String,
+    /// All terms together, in seconds.
+    pub cost_seconds: f64,
+    /// The terms.
+    pub terms: cost::Terms,
 }
 
 /// A policy by its name.
@@ -61,6 +115,16 @@ pub static POLICIES: &[Row] = &[
         make: || Box::new(least_loaded::LeastLoaded),
     },
     Row { name: "round-robin", help: "each worker in turn", make: || Box::new(round_robin::RoundRobin) },
+    Row {
+        name: "prefix",
+        help: "the holder of the longest prefix, unless it is overloaded",
+        make: || Box::new(prefix::Prefix),
+    },
+    Row {
+        name: "cost",
+        help: "the route that costs the cluster the fewest seconds",
+        make: || Box::new(cost::Cost::default()),
+    },
 ];
 
 /// The policy of this name, or a sentence that names the right ones.
@@ -70,7 +134,6 @@ pub fn named(name: &str) -> Result<Box<dyn Policy>, String> {
         format!("there is no policy {name:?} in this version; it has {}", names.join(", "))
     })
 }
-
 /// What every policy must hold; its tests run this first.
 pub fn conformance(policy: &dyn Policy, candidates: &[Candidate], request: &Request) {
     use tandem_types::Role;

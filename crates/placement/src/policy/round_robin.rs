@@ -1,13 +1,13 @@
 //! Each worker of a side in turn, whatever its load.
 
-use super::Policy;
+use super::{Policy, Stage};
 use crate::{Candidate, Request};
 
 /// Each worker of a side in turn.
 pub struct RoundRobin;
 
 impl Policy for RoundRobin {
-    fn best(&self, request: &Request, _: &[Candidate], side: &[usize]) -> usize {
+    fn best(&self, _: Stage, request: &Request, _: &[Candidate], side: &[usize]) -> usize {
         side[(request.ordinal % side.len() as u64) as usize]
     }
 }
@@ -20,15 +20,7 @@ mod tests {
 
     #[test]
     fn requests_go_round_each_side_on_its_own() {
-        let candidate = |name: &str, role| Candidate {
-            worker: name.into(),
-            role,
-            in_flight: 0,
-            running: 0,
-            waiting: 0,
-            waiting_tokens: 0,
-            kv_usage: 0.0,
-        };
+        let candidate = |name: &str, role| Candidate { worker: name.into(), role, ..Candidate::default() };
         let cluster = [
             candidate("prefill-0", Role::Prefill),
             candidate("decode-0", Role::Decode),
@@ -37,7 +29,7 @@ mod tests {
         ];
         let routes: Vec<(usize, usize)> = (0..4)
             .map(|ordinal| {
-                let request = Request { ordinal, prompt_tokens: 8, max_tokens: 8 };
+                let request = Request { ordinal, prompt_tokens: 8, max_tokens: 8, ..Request::default() };
                 let route = RoundRobin.choose(&request, &cluster).expect("somebody can");
                 (route.prefill, route.decode)
             })

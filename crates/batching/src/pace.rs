@@ -1,0 +1,181 @@
+//! How fast prompts may go: which prompt comes first, and how much of them fits beside the decodes.
+//!
+//! Values in, values out; the batcher calls these functions, and so does whoever must foresee what it will do.
+
+use tandem_types::{ServiceClass, StepTime, Time, attention_pairs};
+
+/// Which waiting prompt is computed first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Order {
+    /// The one that came first.
+    #[default]
+    Arrival,
+    /// The first that can still meet its target behind those before it; hopeless ones last.
+    Deadline,
+}
+
+/// How many prompt tokens a step may compute beside its decodes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Budget {
+    /// So many.
+    Tokens(u32),
+    /// As many as the slack of the decodes allows, up to so many.
+    Slack(u32),
+}
+
+impl Budget {
+    /// The most prompt tokens of any step.
+    pub fn most(&self) -> u32 {
+        match *self {
+            Budget::Tokens(most) | Budget::Slack(most) => most,
+        }
+    }
+}
+
+/// How prompts are ordered and paced.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pace {
+    /// Which prompt comes first.
+    pub order: Order,
+    /// How much of them goes into a step.
+    pub budget: Budget,
+    /// What steps are expected to cost.
+    pub model: StepTime,
+    /// Tokens of room that an admitted answer has to grow.
+    pub headroom_tokens: u32,
+}
+
+/// A prompt that is not computed yet, or not wholly.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Prompt {
+    /// Tokens to compute.
+    pub left: u32,
+    /// Tokens in all.
+    pub total: u32,
+    /// Whether some of it was computed here; such a prompt is finished first, for its pages are taken.
+    pub begun: bool,
+    /// When its first token is due.
+    pub due: Time,
+    /// Whether it has targets.
+    pub class: ServiceClass,
+}
+
+/// A sequence that decodes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Decode {
+    /// When its first token was there.
+    pub first_at: Time,
+    /// Tokens drawn after the first.
+    pub made: u32,
+    /// Seconds per token that it may take on average; infinite without a target.
+    pub token_seconds: f64,
+}
+
+/// What becomes of a prompt in an order by deadline.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Chance {
+    /// It meets its target behind those before it.
+    InTime,
+    /// Not behind those before it, but alone it would.
+    Crowded,
+    /// Not even alone.
+    Hopeless,
+}
+
+/// Goes through prompts in their order and says of each what becomes of it.
+#[derive(Clone, Debug)]
+pub struct Forecast {
+    model: StepTime,
+    now: f64,
+    end: f64,
+}
+
+impl Forecast {
+    /// Nothing is before the first.
+    pub fn new(model: StepTime, now: Time) -> Forecast {
+        Forecast { model, now: now.as_secs_f64(), end: now.as_secs_f64() }
+    }
+
+    /// The next prompt's chance; those in time delay whoever follows.
+    pub fn next(&mut self, prompt: &Prompt) -> Chance {
+        let need = self.model.prefill_alone(prompt.left, prompt.total - prompt.left);
+        let due = prompt.due.as_secs_f64();
+        if prompt.begun || self.end + need <= due {
+            self.end += need;
+            Chance::InTime
+        } else if self.now + need <= due {
+            Chance::Crowded
+        } else {
+            Chance::Hopeless
+        }
+    }
+
+    /// Seconds of work in time so far.
+    pub fn seconds(&self) -> f64 {
+        self.end - self.now
+    }
+}
+
+/// Over how many coming tokens a decode may make up for lost time.
+const HORIZON: f64 = 8.0;
+/// Share of a target that is aimed at.
+const AIM: f64 = 0.95;
+
+/// Seconds that the next step may take so that the decodes keep their targets on average, where a step without
+/// prompts takes `least` seconds.
+///
+/// Each decode spreads what it is ahead or behind over its next few tokens. One that is so late that steps
+/// without prompts would not save it does not count: it would stop all prompts and gain nothing.
+pub fn step_seconds(decodes: impl Iterator<Item = Decode>, least: f64, now: Time) -> f64 {
+    let now = now.as_secs_f64();
+    let allowed = decodes.filter_map(|decode| {
+        let tokens = f64::from(decode.made) + HORIZON;
+        let left = decode.first_at.as_secs_f64() + AIM * tokens * decode.token_seconds - now;
+        let seconds = left / HORIZON;
+        (seconds >= least).then_some(seconds)
+    });
+    allowed.fold(f64::INFINITY, f64::min)
+}
+
+/// Fills a step with prompts, in the order given.
+#[derive(Clone, Debug)]
+pub struct Filling {
+    model: StepTime,
+    seconds: f64,
+    left: u32,
+    new_tokens: f64,
+    pairs: f64,
+    context: f64,
+}
+
+impl Filling {
+    /// A step with `rows` decodes over `context` tokens that may take `seconds`; infinite if nothing limits it.
+    pub fn new(pace: &Pace, seconds: f64, rows: u32, context: f64) -> Filling {
+        let (model, left) = (pace.model, pace.budget.most());
+        Filling { model, seconds, left, new_tokens: f64::from(rows), pairs: 0.0, context }
+    }
+
+    /// Whether nothing more fits.
+    pub fn is_full(&self) -> bool {
+        self.left == 0
+    }
+
+    /// How many tokens of this prompt go into the step, and counts them.
+    pub fn take(&mut self, prompt: &Prompt) -> u32 {
+        let before = prompt.total - prompt.left;
+        let most = prompt.left.min(self.left);
+        let count = if self.seconds.is_finite() {
+            let (new, pairs) = (self.new_tokens, self.pairs);
+            self.model.tokens_within(self.seconds, new, pairs, self.context, before, most)
+        } else {
+            most
+        };
+        self.left -= count;
+        if count < most {
+            self.left = 0; // time ran out before tokens did
+        }
+        self.new_tokens += f64::from(count);
+        self.pairs += attention_pairs(count, before);
+        count
+    }
+}

@@ -1,0 +1,412 @@
+//! The route that costs the cluster the fewest seconds, prefill and decode chosen together.
+//!
+//! A route's cost is the time to its first token, the exposed transfer, and what it makes likely to be lost:
+//! this request's targets, the targets of those who decode where it would, and prefill capacity where roles say
+//! otherwise. Prefill where decode is, or decode where prefill was, are routes like others. Losses are smooth
+//! functions of predicted time over target, so nothing hangs on a threshold.
+
+use serde::Serialize;
+use tandem_types::{Role, StepTime};
+
+use super::{Considered, Explanation, Policy, Stage};
+use crate::candidate::sane_seconds;
+use crate::{Candidate, Held, Request, Route};
+
+/// What seconds are worth; one set for everything.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tuning {
+    /// Seconds that one missed target weighs as much as.
+    pub miss_seconds: f64,
+    /// Predicted time over target at which half of the requests are expected to miss it.
+    pub edge: f64,
+    /// How soft that edge is.
+    pub softness: f64,
+    /// Seconds against a decode on a worker that prefers prefill.
+    pub decode_on_prefill_seconds: f64,
+    /// Seconds against a prefill on a worker that prefers decode.
+    pub prefill_on_decode_seconds: f64,
+    /// Share of a step that prompts must get on a decoding worker to be worth their while.
+    pub share_least: f64,
+    /// Part of their token target that paced decodes use up while prompts wait.
+    pub pace: f64,
+    /// How many of each side are weighed in pairs.
+    pub few: usize,
+    /// Whether prefixes may be brought from peers.
+    pub peer_pulls: bool,
+}
+
+impl Default for Tuning {
+    fn default() -> Self {
+        Tuning {
+            miss_seconds: 10.0,
+            edge: 0.95,
+            softness: 0.04,
+            decode_on_prefill_seconds: 1.0,
+            prefill_on_decode_seconds: 0.05,
+            share_least: 0.1,
+            pace: 0.9,
+            few: 8,
+            peer_pulls: true,
+        }
+    }
+}
+
+/// What a route's cost is made of, in seconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct Terms {
+    /// Until this prompt's turn comes.
+    pub wait: f64,
+    /// To bring a prefix from a lower tier or a peer.
+    pub bring: f64,
+    /// To compute the rest.
+    pub compute: f64,
+    /// KV to the decoding worker.
+    pub transfer: f64,
+    /// Likely loss of the first token's target.
+    pub first_token_loss: f64,
+    /// Likely loss of the target of the others.
+    pub token_loss: f64,
+    /// What it does to those who decode there.
+    pub harm: f64,
+    /// Against doing what the roles do not prefer.
+    pub role: f64,
+    /// Until there is room for its KV.
+    pub room: f64,
+}
+
+impl Terms {
+    /// All of them.
+    pub fn sum(&self) -> f64 {
+        let own = self.wait + self.bring + self.compute + self.transfer;
+        own + self.first_token_loss + self.token_loss + self.harm + self.role + self.room
+    }
+}
+
+/// What no model is known for is taken to be like this.
+const UNKNOWN: StepTime = crate::predictor::PROFILES[0].step;
+
+/// Weighs whole routes.
+#[derive(Clone, Debug, Default)]
+pub struct Cost {
+    /// What seconds are worth.
+    pub tuning: Tuning,
+}
+
+/// The part of a route's cost that its prefill worker decides.
+#[derive(Clone, Copy, Debug)]
+struct PrefillPart {
+    at: usize,
+    terms: Terms,
+    cost: f64,
+}
+
+/// The part that its decode worker decides, the transfer left out.
+#[derive(Clone, Copy, Debug)]
+struct DecodePart {
+    at: usize,
+    terms: Terms,
+    /// Seconds per token there.
+    token_seconds: f64,
+    cost: f64,
+}
+
+impl Cost {
+    /// The share of requests with this predicted time that will miss this target.
+    fn miss(&self, predicted: f64, target: f64) -> f64 {
+        if !target.is_finite() {
+            return 0.0;
+        }
+        let ratio = if target > 0.0 { predicted / target } else { f64::INFINITY };
+        1.0 / (1.0 + ((self.tuning.edge - ratio) / self.tuning.softness).exp())
+    }
+
+    /// The share of its time that a worker gives to prompts while some wait.
+    fn prefill_share(&self, c: &Candidate, model: &StepTime, target: f64) -> f64 {
+        if c.decodes == 0 {
+            return 1.0;
+        }
+        let rows = f64::from(c.decodes);
+        let fixed = model.a0 + model.a1 * rows + model.b2 * c.decode_tokens as f64;
+        let full = model.a1 * f64::from(c.prompt_budget);
+        let step = if c.paced && target.is_finite() {
+            (fixed + full).min(self.tuning.pace * target)
+        } else {
+            fixed + full
+        };
+        ((step - fixed) / step).clamp(0.0, 1.0)
+    }
+
+    fn prefill_part(&self, at: usize, c: &Candidate, request: &Request, best: Option<Bring>) -> PrefillPart {
+        let model = c.sane_model().unwrap_or(UNKNOWN);
+        let held = request.held.iter().find(|held| held.candidate == at);
+        let (bring, cached) = self.cheapest_prefix(&model, c, request, held, best);
+        let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
+        let share = self.prefill_share(c, &model, request.token_seconds);
+        let usable = share.max(0.02);
+        let wait = sane_seconds(c.timely_seconds) / usable;
+        let compute = alone / usable;
+        let first = wait.max(bring) + compute;
+        let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
+        terms.first_token_loss =
+            self.tuning.miss_seconds * self.miss(first, request.first_token_seconds);
+        if c.role == Role::Decode {
+            terms.role = self.tuning.prefill_on_decode_seconds;
+        }
+        if share < self.tuning.share_least {
+            // A sliver of every step: it would hold its pages for long and delay everybody.
+            terms.harm = self.tuning.miss_seconds * (1.0 - share / self.tuning.share_least);
+        }
+        PrefillPart { at, terms, cost: terms.sum() }
+    }
+
+    /// Bringing what is held against computing it: the cheaper, as seconds to bring and tokens not to compute.
+    fn cheapest_prefix(
+        &self,
+        model: &StepTime,
+        c: &Candidate,
+        request: &Request,
+        held: Option<&Held>,
+        best: Option<Bring>,
+    ) -> (f64, u32) {
+        let most = request.prompt_tokens.saturating_sub(1);
+        let compute = |cached: u32| model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
+        let mut cheapest = (0.0, 0, compute(0));
+        let mut consider = |seconds: f64, cached: u32| {
+            let cached = cached.min(most);
+            let total = seconds + compute(cached);
+            if total < cheapest.2 {
+                cheapest = (seconds, cached, total);
+            }
+        };
+        if let Some(held) = held {
+            consider(0.0, held.device_tokens);
+            let lower = f64::from(held.tokens.saturating_sub(held.device_tokens));
+            consider(held.tier.link().seconds(lower), held.tokens);
+        }
+        if let Some(best) = best.filter(|_| self.tuning.peer_pulls) {
+            let own = held.map_or(0, |held| held.device_tokens);
+            if best.tokens > own {
+                consider(best.link_seconds(c, best.tokens - own), best.tokens);
+            }
+        }
+        (cheapest.0, cheapest.1)
+    }
+
+    fn decode_part(&self, at: usize, c: &Candidate, request: &Request) -> DecodePart {
+        let model = c.sane_model().unwrap_or(UNKNOWN);
+        let (rows, expected) = (f64::from(c.decodes), request.expected());
+        let own = f64::from(request.prompt_tokens) + expected / 2.0;
+        let context = c.decode_tokens as f64;
+        let before = model.step(rows, 0.0, context);
+        let after = model.step(rows + 1.0, 0.0, context + own);
+        let mut terms = Terms::default();
+        let lost = self.tuning.miss_seconds;
+        let target = request.token_seconds;
+        terms.token_loss = lost * self.miss(after, target) + after;
+        terms.harm = lost * rows * (self.miss(after, target) - self.miss(before, target));
+        if matches!(c.role, Role::Prefill) {
+            // Its first decode takes away more than one row: steps must stay short from then on.
+            let share = |decodes| {
+                let c = Candidate { decodes, near: Vec::new(), worker: Default::default(), ..c.clone() };
+                self.prefill_share(&c, &model, target)
+            };
+            let less = if c.decodes == 0 { share(0) - share(1) } else { 0.0 };
+            terms.role = self.tuning.decode_on_prefill_seconds * (1.0 + less);
+        }
+        if c.kv_tokens > 0 {
+            let free = c.kv_tokens as f64 * 0.98 - context - own - expected / 2.0;
+            if free < 0.0 && rows > 0.0 {
+                // Rows end evenly over their expected length; each gives its share back.
+                let freed_per_second = context / (expected * after).max(1e-6);
+                terms.room = sane_seconds(-free / freed_per_second.max(1.0));
+                let late = terms.room / expected;
+                terms.token_loss = lost * self.miss(after + late, target) + after;
+            }
+        }
+        DecodePart { at, terms, token_seconds: after, cost: terms.sum() }
+    }
+
+    fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
+        let mut terms = p.terms;
+        let target = request.token_seconds;
+        if p.at != d.at {
+            let from = &candidates[p.at];
+            let seconds = from.link_to(&candidates[d.at]).seconds(f64::from(request.prompt_tokens));
+            terms.transfer = seconds;
+            // The first gap has the transfer and the rest of the step that the worker is in.
+            let late = (seconds + d.token_seconds / 2.0) / request.expected().max(1.0);
+            let with = self.miss(d.token_seconds + late, target);
+            let without = self.miss(d.token_seconds, target);
+            terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);
+        }
+        terms.token_loss += d.terms.token_loss;
+        terms.harm += d.terms.harm;
+        terms.role += d.terms.role;
+        terms.room += d.terms.room;
+        terms
+    }
+
+    /// The best few of each side, each worker with itself, and pairs with a link of their own.
+    fn pairs(&self, request: &Request, candidates: &[Candidate]) -> (Vec<(PrefillPart, DecodePart)>, usize) {
+        let best = Bring::best(request, candidates);
+        let able = |(_, c): &(usize, &Candidate)| c.role != Role::Encode;
+        let prefills: Vec<PrefillPart> = candidates
+            .iter()
+            .enumerate()
+            .filter(able)
+            .map(|(at, c)| self.prefill_part(at, c, request, best))
+            .collect();
+        let decodes: Vec<DecodePart> = candidates
+            .iter()
+            .enumerate()
+            .filter(able)
+            .map(|(at, c)| self.decode_part(at, c, request))
+            .collect();
+        let few = self.tuning.few.max(1);
+        let (by_prefill, by_decode) =
+            (smallest(few, prefills.iter().map(|p| p.cost)), smallest(few, decodes.iter().map(|d| d.cost)));
+        let mut pairs = Vec::with_capacity(few * few + 16);
+        for &p in &by_prefill {
+            for &d in &by_decode {
+                pairs.push((prefills[p], decodes[d]));
+            }
+        }
+        // The best that stays where it is: nothing travels.
+        let local = smallest(few, prefills.iter().zip(&decodes).map(|(p, d)| p.cost + d.cost));
+        pairs.extend(local.into_iter().map(|i| (prefills[i], decodes[i])));
+        for (p, part) in prefills.iter().enumerate() {
+            let near = &candidates[part.at].near;
+            if near.is_empty() {
+                continue;
+            }
+            for (d, other) in decodes.iter().enumerate() {
+                if near.iter().any(|(worker, _)| *worker == candidates[other.at].worker) {
+                    pairs.push((prefills[p], decodes[d]));
+                }
+            }
+        }
+        (pairs, prefills.len())
+    }
+
+    /// Every pair of candidates, for tests: `choose` looks at few of them.
+    pub fn full_search(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
+        let everything =
+            Cost { tuning: Tuning { few: candidates.len().max(1), ..self.tuning.clone() } };
+        everything.cheapest(request, candidates)
+    }
+
+    /// The cheapest route and its cost.
+    pub fn cheapest(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
+        let (pairs, _) = self.pairs(request, candidates);
+        let costs = pairs.iter().map(|(p, d)| {
+            (Route { prefill: p.at, decode: d.at }, self.join(p, d, request, candidates).sum())
+        });
+        costs.min_by(|a, b| a.1.total_cmp(&b.1).then((a.0.prefill, a.0.decode).cmp(&(b.0.prefill, b.0.decode))))
+    }
+}
+
+/// A prefix at a peer.
+#[derive(Clone, Copy, Debug)]
+struct Bring {
+    tokens: u32,
+    link: crate::Link,
+}
+
+impl Bring {
+    fn best(request: &Request, candidates: &[Candidate]) -> Option<Bring> {
+        let held = request.held.iter().filter(|held| held.candidate < candidates.len());
+        let best = held.max_by_key(|held| held.tokens)?;
+        Some(Bring { tokens: best.tokens, link: candidates[best.candidate].link })
+    }
+
+    fn link_seconds(&self, to: &Candidate, tokens: u32) -> f64 {
+        let link = crate::Link {
+            setup_seconds: self.link.setup_seconds.max(to.link.setup_seconds),
+            tokens_per_second: self.link.tokens_per_second.min(to.link.tokens_per_second),
+        };
+        link.seconds(f64::from(tokens))
+    }
+}
+
+/// Indices of the few smallest costs, in order of cost, equals by index.
+fn smallest(few: usize, costs: impl Iterator<Item = f64>) -> Vec<usize> {
+    let mut best: Vec<(f64, usize)> = Vec::with_capacity(few + 1);
+    for (at, cost) in costs.enumerate() {
+        if best.len() == few && cost.total_cmp(&best[few - 1].0).is_ge() {
+            continue;
+        }
+        let place = best.partition_point(|(other, _)| other.total_cmp(&cost).is_le());
+        best.insert(place, (cost, at));
+        best.truncate(few);
+    }
+    best.into_iter().map(|(_, at)| at).collect()
+}
+
+impl Policy for Cost {
+    fn best(&self, stage: Stage, request: &Request, candidates: &[Candidate], side: &[usize]) -> usize {
+        let bring = Bring::best(request, candidates);
+        let cost = |at: usize| match stage {
+            Stage::Prefill => self.prefill_part(at, &candidates[at], request, bring).cost,
+            Stage::Decode => self.decode_part(at, &candidates[at], request).cost,
+        };
+        side[smallest(1, side.iter().map(|&at| cost(at)))[0]]
+    }
+
+    fn choose(&self, request: &Request, candidates: &[Candidate]) -> Option<Route> {
+        self.cheapest(request, candidates).map(|(route, _)| route)
+    }
+
+    fn choose_decode(
+        &self,
+        request: &Request,
+        candidates: &[Candidate],
+        prefill: Option<usize>,
+    ) -> Option<usize> {
+        let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), cost: 0.0 };
+        let from = prefill.filter(|&at| at < candidates.len());
+        let costs = candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode).map(|(at, c)| {
+            let d = self.decode_part(at, c, request);
+            let cost = match from {
+                Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &d, request, candidates).sum(),
+                None => d.cost,
+            };
+            (at, cost)
+        });
+        costs.min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0))).map(|(at, _)| at)
+    }
+
+    fn explain(&self, request: &Request, candidates: &[Candidate]) -> Explanation {
+        let (pairs, able) = self.pairs(request, candidates);
+        let mut considered: Vec<(Route, Terms)> = pairs
+            .iter()
+            .map(|(p, d)| (Route { prefill: p.at, decode: d.at }, self.join(p, d, request, candidates)))
+            .collect();
+        considered.sort_by(|a, b| {
+            (a.1.sum().total_cmp(&b.1.sum())).then((a.0.prefill, a.0.decode).cmp(&(b.0.prefill, b.0.decode)))
+        });
+        considered.dedup_by_key(|(route, _)| *route);
+        let chosen = considered.first().map(|(route, _)| *route);
+        let name = |at: usize| candidates[at].worker.to_string();
+        let reason = match considered.as_slice() {
+            [] => "no candidate can prefill and decode".to_owned(),
+            [(only, _)] => format!("{} and {} alone can do it", name(only.prefill), name(only.decode)),
+            [(first, a), (_, b), ..] => format!(
+                "{} and {} cost {:.3} s, the next best route {:.3} s; {} of {} workers can do it",
+                name(first.prefill),
+                name(first.decode),
+                a.sum(),
+                b.sum(),
+                able,
+                candidates.len()
+            ),
+        };
+        let shown = considered.into_iter().take(8).map(|(route, terms)| Considered {
+            prefill: name(route.prefill),
+            decode: name(route.decode),
+            cost_seconds: terms.sum(),
+            terms,
+        });
+        Explanation { chosen, reason, considered: shown.collect() }
+    }
+}
+

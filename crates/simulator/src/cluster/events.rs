@@ -1,0 +1,285 @@
+//! What happens by the clock: reports, plans, gaps for offline work, samples, faults.
+
+use super::*;
+
+impl Cluster<'_> {
+    pub(super) fn handle(&mut self, event: Event) {
+        match event {
+            Event::Step { worker, life } if self.workers[worker as usize].life == life => {
+                self.step_ends(worker as usize);
+            }
+            Event::Prompt { worker, life, job } if self.workers[worker as usize].life == life => {
+                if self.jobs[job as usize].stage == Stage::Prefill {
+                    self.take_prompt(job, worker as usize);
+                }
+            }
+            Event::Kv { worker, life, job, from, from_life } => {
+                self.kv_arrives(worker as usize, life, job, from as usize, from_life);
+            }
+            Event::Report { worker } => self.report(worker as usize),
+            Event::Deliver { worker } => self.deliver(worker as usize),
+            Event::Plan => self.plan_roles(),
+            Event::Gaps => self.fill_gaps(),
+            Event::Sample => self.sample(),
+            Event::Fault { number } => self.fault(number as usize),
+            Event::Up { worker } => self.comes_up(worker as usize),
+            Event::Again { job } => self.again(job),
+            Event::Step { .. } | Event::Prompt { .. } => {} // of a start that is over
+        }
+    }
+
+    fn kv_arrives(&mut self, worker: usize, life: u32, id: JobId, from: usize, from_life: u32) {
+        let lives = self.workers[worker].life == life;
+        let source_lives = self.workers[from].life == from_life;
+        if source_lives {
+            self.workers[from].batcher.release(id);
+            self.workers[from].dirty = true;
+        }
+        if self.options.as_reference {
+            self.jobs[id as usize].worker = worker as u32;
+            self.workers[worker].inbound.push_back(id);
+            self.let_in(worker);
+            return self.kick(worker);
+        }
+        let tokens = self.workload.arrivals[id as usize].input + self.jobs[id as usize].made;
+        if lives {
+            self.left_arriving(worker, tokens);
+        }
+        if self.jobs[id as usize].stage != Stage::Moving {
+            if lives {
+                self.workers[worker].batcher.release(id);
+            }
+            return;
+        }
+        if !lives || !source_lives {
+            if lives {
+                self.workers[worker].batcher.release(id);
+            }
+            self.jobs[id as usize].stage = Stage::Waiting;
+            return self.at(self.now, Event::Again { job: id });
+        }
+        let online = u32::from(self.workload.arrivals[id as usize].class == ServiceClass::Online);
+        self.workers[from].online = self.workers[from].online.saturating_sub(online);
+        self.workers[worker].online += online;
+        let job = &mut self.jobs[id as usize];
+        (job.stage, job.worker) = (Stage::Decode, worker as u32);
+        let job = self.decode_job(id);
+        self.workers[worker].batcher.join(job);
+        if self.index.is_some() {
+            self.put(worker, self.blocks(id));
+        }
+        // Pages of the lease are free now: prompts or decodes may wait for them.
+        if !self.workers[from].inbound.is_empty() {
+            self.let_in(from);
+        }
+        self.kick(from);
+        self.kick(worker);
+    }
+
+    fn again(&mut self, id: JobId) {
+        if self.jobs[id as usize].stage == Stage::Over {
+            return;
+        }
+        self.jobs[id as usize].stage = Stage::Waiting;
+        self.place(id);
+    }
+
+    fn report(&mut self, worker: usize) {
+        let (stale, now) = (self.options.stale, self.now);
+        let w = &mut self.workers[worker];
+        if w.up && now >= w.silent_until {
+            let report = w.report(now);
+            w.reports.push_back(report);
+            self.at(now + stale * 3 / 4, Event::Deliver { worker: worker as u32 });
+        }
+        let every = (stale / 4).max(Duration::from_millis(1));
+        if self.next < self.workload.arrivals.len() || self.open_online > 0 {
+            self.at(now + every, Event::Report { worker: worker as u32 });
+        }
+    }
+
+    fn deliver(&mut self, worker: usize) {
+        let w = &mut self.workers[worker];
+        let Some(report) = w.reports.pop_front() else { return };
+        let belief = &mut w.belief;
+        belief.queued.report(report.queued, report.made);
+        belief.timely.report(report.timely, report.made);
+        (belief.decodes, belief.decode_tokens) = (report.decodes, report.decode_tokens);
+        belief.kv_usage = report.kv_usage;
+        while belief.sent.front().is_some_and(|(sent, _)| *sent <= report.made) {
+            belief.sent.pop_front();
+        }
+    }
+
+    fn plan_roles(&mut self) {
+        self.refresh();
+        let load = self.observer.load(self.now);
+        let plan = self.planner.plan(&self.view, &load, self.now);
+        for flip in plan.flips {
+            let worker = self.view.iter().position(|c| c.worker == flip.worker).expect("it was shown");
+            self.workers[worker].role = flip.to;
+            self.view[worker].role = flip.to;
+            self.outcome.flips += 1;
+            self.outcome.flip_log.push((self.now, worker as u32, flip.to));
+            self.log(6, worker as u64, flip.to as u64);
+        }
+        if self.next < self.workload.arrivals.len() || self.open_online > 0 {
+            self.at(self.now + PLANNER_TICK, Event::Plan);
+        }
+    }
+
+    /// Offline work goes where there is a gap.
+    fn fill_gaps(&mut self) {
+        let slack = self.options.offline == Offline::Slack;
+        let target = self.options.per_token.as_secs_f64();
+        for worker in 0..self.workers.len() {
+            loop {
+                let Some(&id) = self.offline.front() else { break };
+                let w = &self.workers[worker];
+                let (rows, context) = w.batcher.decodes();
+                let (used, total) = w.batcher.blocks();
+                let tokens = self.workload.arrivals[id as usize].input;
+                let step = self.predicted.step(
+                    f64::from(rows + 1),
+                    0.0,
+                    context as f64 + f64::from(tokens) + 256.0,
+                );
+                let usage = f64::from(used) / f64::from(total.max(1));
+                let room = usage + f64::from(tokens + 512) / (f64::from(total) * 32.0) < 0.8;
+                let queue_short = w.batcher.prompts() < 2;
+                let gap = if slack {
+                    let decodes_online = w.batcher.decodes().0 as usize > self.offline_open[worker].len();
+                    // Where online sequences decode, steps stay well under their target.
+                    let limit = if decodes_online { 0.7 * target } else { 2.0 * target.max(0.02) };
+                    queue_short && step < limit && w.inbound.is_empty()
+                } else {
+                    self.open_online == 0 && queue_short
+                };
+                if !w.up || !gap || !room {
+                    break;
+                }
+                self.offline.pop_front();
+                self.offline_open[worker].push(id);
+                let request = self.request(id);
+                self.start_prefill(id, worker, &request);
+            }
+        }
+        let more = !self.offline.is_empty() || self.offline_open.iter().any(|open| !open.is_empty());
+        if more {
+            self.at(self.now + OFFLINE_TICK, Event::Gaps);
+        }
+    }
+
+    fn sample(&mut self) {
+        let (met, all) = std::mem::take(&mut self.sampled);
+        let of = |role| self.workers.iter().filter(|w| w.up && w.role == role).count() as u32;
+        let rows: u32 = self.workers.iter().map(|w| w.batcher.decodes().0).sum();
+        let queue: f64 = self.workers.iter().map(|w| w.batcher.queue_seconds().1).sum();
+        self.outcome.samples.push(Sample {
+            at: self.now,
+            attainment: if all > 0 { met as f64 / all as f64 } else { f64::NAN },
+            ended: all as u32,
+            queue_seconds: queue,
+            decodes: rows,
+            roles: [of(Role::Prefill), of(Role::Decode), of(Role::Mixed)],
+        });
+        if self.next < self.workload.arrivals.len() || self.open_online > 0 {
+            self.at(self.now + Duration::from_secs(5), Event::Sample);
+        }
+    }
+
+    fn fault(&mut self, number: usize) {
+        let (_, worker, fault) = self.options.faults[number];
+        if worker >= self.workers.len() {
+            return;
+        }
+        self.log(7, worker as u64, number as u64);
+        match fault {
+            Fault::Slow(factor, lasts) => self.workers[worker].slow = (factor.max(0.0), self.now + lasts),
+            Fault::Silent(lasts) => self.workers[worker].silent_until = self.now + lasts,
+            Fault::Crash(down) => {
+                let w = &mut self.workers[worker];
+                w.up = false;
+                w.busy = false;
+                w.life += 1;
+                w.online = 0;
+                w.cache.clear();
+                w.cache_sequence = 0;
+                w.reports.clear();
+                w.belief = Default::default();
+                let mut lost = w.batcher.clear();
+                lost.extend(w.inbound.drain(..));
+                w.arriving = (0, 0);
+                w.dirty = true;
+                // Prompts whose prefix is on its way have no entry in the batcher yet.
+                for (id, job) in self.jobs.iter().enumerate() {
+                    if job.stage == Stage::Prefill && job.worker as usize == worker {
+                        lost.push(id as JobId);
+                    }
+                }
+                lost.sort_unstable();
+                lost.dedup();
+                self.view[worker].role = Role::Encode; // nobody's candidate
+                if let Some(index) = &mut self.index {
+                    index.forget(&self.view[worker].worker);
+                }
+                for id in lost {
+                    self.lost_by_fault(id, worker);
+                }
+                self.at(self.now + down, Event::Up { worker: worker as u32 });
+            }
+        }
+    }
+
+    fn lost_by_fault(&mut self, id: JobId, worker: usize) {
+        let arrival = &self.workload.arrivals[id as usize];
+        let job = &mut self.jobs[id as usize];
+        if job.stage == Stage::Over {
+            return;
+        }
+        job.attempts += 1;
+        if arrival.class == ServiceClass::Offline {
+            return self.lose(id, worker);
+        }
+        if job.attempts >= ATTEMPTS_MAX {
+            job.ok = false;
+            job.last_at = self.now;
+            return self.end(id, worker);
+        }
+        job.stage = Stage::Waiting;
+        self.at(self.now + DEATH_KNOWN, Event::Again { job: id });
+    }
+
+    fn comes_up(&mut self, worker: usize) {
+        let w = &mut self.workers[worker];
+        w.up = true;
+        w.dirty = true;
+        self.view[worker].role = w.role;
+        let incarnation = Incarnation(u64::from(w.life) + 1);
+        if let Some(index) = &mut self.index {
+            let taken = index.snapshot(&self.view[worker].worker, incarnation, 0, []);
+            taken.expect("few workers have numbers");
+        }
+        if !self.options.stale.is_zero() && self.options.added.len() + self.options.workers > worker {
+            self.at(self.now, Event::Report { worker: worker as u32 });
+        }
+    }
+
+    pub(super) fn finish(mut self, end: Time) -> Outcome {
+        for worker in &self.workers {
+            worker.batcher.check_books();
+        }
+        let online = self.workload.arrivals.iter().filter(|a| a.class == ServiceClass::Online);
+        self.outcome.requests = online.count();
+        self.outcome.unfinished = self.outcome.requests - self.outcome.served.len();
+        // What offline work is half done counts for what it has.
+        self.outcome.span = end;
+        self.outcome.ended = self.now;
+        self.outcome.log_hash = self.hash;
+        self.outcome.busy_seconds = self.workers.iter().map(|w| w.busy_seconds).sum();
+        self.outcome.prompt_tokens_in =
+            self.workload.arrivals[..self.next].iter().map(|a| u64::from(a.input)).sum();
+        self.outcome.batching = self.options.batching;
+        self.outcome
+    }
+}

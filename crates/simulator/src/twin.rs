@@ -1,0 +1,466 @@
+//! A worker's batcher in closed form: the same steps as the real one, counted instead of carried out.
+//!
+//! It keeps numbers of tokens where the batcher keeps tokens and page tables. Which prompt comes first and how
+//! much of it fits is decided by the very functions that the batcher calls (`tandem_batching::pace`); that
+//! pages, admission and preemption agree too is property-tested against [`crate::real::Real`].
+
+use std::collections::{HashMap, VecDeque};
+
+use tandem_batching::pace::{self, Budget, Chance, Decode, Filling, Forecast, Order, Pace, Prompt};
+use tandem_types::{BLOCK_TOKENS, ServiceClass, Time, blocks_for};
+
+/// Names a request's leg on a worker.
+pub type JobId = u32;
+
+/// What a worker is asked to prefill.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PromptJob {
+    /// Whose.
+    pub id: JobId,
+    /// When the request arrived: its place in line.
+    pub arrived: Time,
+    /// Tokens of the prompt, and those emitted before it was placed again.
+    pub tokens: u32,
+    /// Of these, in pages already when it begins.
+    pub cached: u32,
+    /// When its first token is due.
+    pub due: Time,
+    /// Whether it has targets.
+    pub class: ServiceClass,
+}
+
+/// What a worker is asked to go on with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct DecodeJob {
+    /// Whose.
+    pub id: JobId,
+    /// Its place in line.
+    pub arrived: Time,
+    /// Tokens known: prompt, and what was drawn.
+    pub tokens: u32,
+    /// Tokens to draw.
+    pub left: u32,
+    /// When its first token was there.
+    pub first_at: Time,
+    /// Tokens drawn after the first.
+    pub made: u32,
+    /// Seconds per token that it may take.
+    pub token_seconds: f64,
+    /// Whether it has targets.
+    pub class: ServiceClass,
+}
+
+/// What one step computes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Shape {
+    /// New tokens: one per decode, and those of prompts.
+    pub new_tokens: u32,
+    /// Attention pairs of the prompts.
+    pub pairs: f64,
+    /// Context tokens of the decodes.
+    pub context: u64,
+    /// How many of the new tokens are of prompts.
+    pub prompt_tokens: u32,
+}
+
+/// What a step has brought.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Happened {
+    /// A prompt is computed and its first token drawn. Its pages stay until they are adopted or let go.
+    FirstToken(JobId),
+    /// A decode has drawn its last token.
+    Finished(JobId),
+    /// It was taken out to make room, with all it had drawn.
+    Preempted(JobId),
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Waiting {
+    job: PromptJob,
+    computed: u32,
+    begun: bool,
+}
+
+impl Waiting {
+    fn prompt(&self) -> Prompt {
+        Prompt {
+            left: self.job.tokens - self.computed,
+            total: self.job.tokens,
+            begun: self.begun,
+            due: self.job.due,
+            class: self.job.class,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Running {
+    job: DecodeJob,
+    room: u32,
+}
+
+#[derive(Clone, Debug, Default)]
+struct Flight {
+    /// Prompts in this step, with the tokens of each.
+    prompts: Vec<(JobId, u32)>,
+}
+
+/// A worker's batcher and its pool, as numbers.
+#[derive(Clone, Debug)]
+pub struct Twin {
+    pace: Pace,
+    blocks_total: u32,
+    blocks_used: u32,
+    line: VecDeque<Waiting>,
+    hopeless: VecDeque<Waiting>,
+    rows: Vec<Running>,
+    context: u64,
+    /// Blocks of legs that are reserved or lent: on their way in or out.
+    held: HashMap<JobId, u32>,
+    in_flight: Option<Flight>,
+    preempted: Vec<JobId>,
+    /// Seconds of queued prompts as last ordered, all and those in time.
+    timely: f64,
+    queued: f64,
+    as_reference: bool,
+}
+
+impl Twin {
+    /// An idle worker.
+    pub fn new(pace: Pace, kv_tokens: u64) -> Twin {
+        Twin {
+            pace,
+            as_reference: false,
+            blocks_total: (kv_tokens / u64::from(BLOCK_TOKENS)) as u32,
+            blocks_used: 0,
+            line: VecDeque::new(),
+            hopeless: VecDeque::new(),
+            rows: Vec::new(),
+            context: 0,
+            held: HashMap::new(),
+            in_flight: None,
+            preempted: Vec::new(),
+            timely: 0.0,
+            queued: 0.0,
+        }
+    }
+
+    /// Counts as the reference simulator does: prompts take no pages, rows grow without them, and a queue counts
+    /// the whole of a prompt until it is done.
+    pub fn as_reference(mut self) -> Twin {
+        self.as_reference = true;
+        self
+    }
+
+    /// Other limits from now on.
+    pub fn set_pace(&mut self, pace: Pace) {
+        self.pace = pace;
+    }
+
+    fn cost(&self, job: &PromptJob, computed: u32) -> f64 {
+        self.pace.model.prefill(job.tokens - computed, computed, self.pace.budget.most())
+    }
+
+    /// Takes a prompt in.
+    pub fn prompt(&mut self, job: PromptJob) {
+        let waiting = Waiting { job, computed: job.cached.min(job.tokens - 1), begun: false };
+        let cost = self.cost(&job, waiting.computed);
+        self.queued += cost;
+        self.timely += cost;
+        self.line.push_back(waiting);
+    }
+
+    /// Takes pages for a decode whose KV is on its way. False if there is no room now.
+    pub fn reserve(&mut self, id: JobId, tokens: u32) -> bool {
+        let wanted = tokens + self.pace.headroom_tokens.max(BLOCK_TOKENS);
+        if self.as_reference {
+            let on_the_way: u64 = self.held.values().map(|blocks| u64::from(blocks * BLOCK_TOKENS)).sum();
+            if self.context + on_the_way + u64::from(wanted) > u64::from(self.blocks_total * BLOCK_TOKENS) {
+                return false;
+            }
+            self.held.insert(id, blocks_for(tokens));
+            self.blocks_used += blocks_for(tokens);
+            return true;
+        }
+        if self.blocks_used + blocks_for(wanted) > self.blocks_total {
+            return false;
+        }
+        let blocks = blocks_for(tokens + BLOCK_TOKENS);
+        self.blocks_used += blocks;
+        self.held.insert(id, blocks);
+        true
+    }
+
+    /// Whether a decode with so many tokens could ever fit.
+    pub fn fits_ever(&self, tokens: u32) -> bool {
+        blocks_for(tokens + self.pace.headroom_tokens.max(BLOCK_TOKENS)) <= self.blocks_total
+    }
+
+    /// Lets go of pages that were reserved or lent.
+    pub fn release(&mut self, id: JobId) {
+        if let Some(blocks) = self.held.remove(&id) {
+            self.blocks_used -= blocks;
+        }
+    }
+
+    /// A reserved or lent sequence decodes here from the next step on.
+    pub fn join(&mut self, job: DecodeJob) {
+        let blocks = self.held.remove(&job.id).expect("its pages were reserved or lent");
+        self.context += u64::from(job.tokens);
+        self.rows.push(Running { job, room: blocks * BLOCK_TOKENS });
+    }
+
+    /// The next step, or `None` if there is nothing to compute.
+    pub fn plan(&mut self, now: Time) -> Option<Shape> {
+        debug_assert!(self.in_flight.is_none(), "one step at a time");
+        self.grow();
+        let mut flight = Flight::default();
+        let (rows, context) = (self.rows.len() as u32, self.context);
+        let (mut prompt_tokens, mut pairs) = (0, 0.0);
+        if !(self.line.is_empty() && self.hopeless.is_empty()) {
+            self.order(now);
+            let seconds = self.step_seconds(now);
+            let mut filling = Filling::new(&self.pace, seconds, rows, context as f64);
+            for (place, hopeless) in
+                (0..self.line.len()).map(|at| (at, false)).chain((0..self.hopeless.len()).map(|at| (at, true)))
+            {
+                if filling.is_full() {
+                    break;
+                }
+                let w = if hopeless { &mut self.hopeless[place] } else { &mut self.line[place] };
+                let blocks = if self.as_reference { 0 } else { blocks_for(w.job.tokens) };
+                if !w.begun && self.blocks_used + blocks > self.blocks_total {
+                    break; // nobody passes one that waits for memory
+                }
+                let count = filling.take(&w.prompt());
+                if count == 0 {
+                    break;
+                }
+                if !w.begun {
+                    w.begun = true;
+                    self.blocks_used += blocks;
+                    self.held.insert(w.job.id, blocks);
+                }
+                flight.prompts.push((w.job.id, count));
+                prompt_tokens += count;
+                pairs += tandem_types::attention_pairs(count, w.computed);
+            }
+        }
+        if rows + prompt_tokens == 0 {
+            return None;
+        }
+        self.in_flight = Some(flight);
+        Some(Shape { new_tokens: rows + prompt_tokens, pairs, context, prompt_tokens })
+    }
+
+    /// Every row gets room for the token it writes next; the youngest go when there is none.
+    fn grow(&mut self) {
+        if self.as_reference {
+            return;
+        }
+        let wants = |row: &Running| row.job.tokens > row.room;
+        let wanted = self.rows.iter().filter(|row| wants(row)).count() as u32;
+        if self.blocks_used + wanted <= self.blocks_total {
+            if wanted > 0 {
+                for row in self.rows.iter_mut().filter(|row| row.job.tokens > row.room) {
+                    row.room += BLOCK_TOKENS;
+                }
+                self.blocks_used += wanted;
+            }
+            return;
+        }
+        let mut order: Vec<usize> = (0..self.rows.len()).collect();
+        order.sort_by_key(|&at| self.age(at));
+        let mut gone = vec![false; self.rows.len()];
+        for (place, &at) in order.iter().enumerate() {
+            while !gone[at] && wants(&self.rows[at]) {
+                if self.blocks_used < self.blocks_total {
+                    self.blocks_used += 1;
+                    self.rows[at].room += BLOCK_TOKENS;
+                    continue;
+                }
+                let youngest = order[place..].iter().rev().copied().find(|&at| !gone[at]);
+                let Some(victim) = youngest else { break };
+                if victim == at && !order[..place].iter().any(|&at| !gone[at]) && self.held.is_empty() {
+                    break; // alone: it would only come back
+                }
+                gone[victim] = true;
+                self.blocks_used -= self.rows[victim].room / BLOCK_TOKENS;
+                self.context -= u64::from(self.rows[victim].job.tokens);
+                self.preempted.push(self.rows[victim].job.id);
+            }
+        }
+        let mut at = 0;
+        self.rows.retain(|_| {
+            at += 1;
+            !gone[at - 1]
+        });
+    }
+
+    fn age(&self, at: usize) -> (bool, Time, JobId) {
+        let job = &self.rows[at].job;
+        (job.class == ServiceClass::Offline, job.arrived, job.id)
+    }
+
+    /// Seconds that the coming step may take.
+    fn step_seconds(&self, now: Time) -> f64 {
+        match self.pace.budget {
+            Budget::Tokens(_) => f64::INFINITY,
+            Budget::Slack(_) if self.rows.is_empty() => f64::INFINITY,
+            Budget::Slack(_) => {
+                let decodes = self.rows.iter().map(|row| Decode {
+                    first_at: row.job.first_at,
+                    made: row.job.made,
+                    token_seconds: row.job.token_seconds,
+                });
+                let least = self.pace.model.step(self.rows.len() as f64, 0.0, self.context as f64);
+                pace::step_seconds(decodes, least, now)
+            }
+        }
+    }
+
+    /// Puts prompts that can still meet their targets first.
+    fn order(&mut self, now: Time) {
+        if self.pace.order == Order::Arrival {
+            return;
+        }
+        let mut forecast = Forecast::new(self.pace.model, now);
+        let (mut crowded, mut offline) = (Vec::new(), Vec::new());
+        let line = std::mem::take(&mut self.line);
+        for waiting in line {
+            if waiting.job.class == ServiceClass::Offline {
+                offline.push(waiting);
+                continue;
+            }
+            match forecast.next(&waiting.prompt()) {
+                Chance::InTime => self.line.push_back(waiting),
+                Chance::Crowded => crowded.push(waiting),
+                Chance::Hopeless => self.hopeless.push_back(waiting),
+            }
+        }
+        self.timely = forecast.seconds();
+        self.line.extend(crowded);
+        if !offline.is_empty() {
+            // Those without targets come after everybody who has some.
+            self.line.append(&mut self.hopeless);
+            self.line.extend(offline);
+        }
+    }
+
+    /// The step in flight has ended.
+    pub fn apply(&mut self, happened: &mut Vec<Happened>) {
+        let flight = self.in_flight.take().expect("a step was planned");
+        happened.extend(self.preempted.drain(..).map(Happened::Preempted));
+        let mut at = 0;
+        self.context += self.rows.len() as u64;
+        while at < self.rows.len() {
+            let row = &mut self.rows[at];
+            row.job.tokens += 1;
+            row.job.made += 1;
+            row.job.left -= 1;
+            if row.job.left > 0 {
+                at += 1;
+                continue;
+            }
+            let row = self.rows.swap_remove(at);
+            self.context -= u64::from(row.job.tokens);
+            self.blocks_used -= row.room / BLOCK_TOKENS;
+            happened.push(Happened::Finished(row.job.id));
+        }
+        for &(id, count) in &flight.prompts {
+            let in_line = self.line.iter().position(|w| w.job.id == id);
+            let (list, place) = match in_line {
+                Some(place) => (&mut self.line, place),
+                None => {
+                    let place = self.hopeless.iter().position(|w| w.job.id == id).expect("it is in a line");
+                    (&mut self.hopeless, place)
+                }
+            };
+            let before = list[place];
+            list[place].computed += count;
+            let done = list[place].computed >= before.job.tokens;
+            if done {
+                list.remove(place);
+                happened.push(Happened::FirstToken(id));
+            } else if in_line.is_none() {
+                // Begun ones are finished first.
+                let waiting = list.remove(place).expect("it is there");
+                self.line.push_front(waiting);
+            }
+            let model = self.pace.model;
+            let most = self.pace.budget.most();
+            let left = |w: &Waiting, computed: u32| model.prefill(w.job.tokens - computed, computed, most);
+            let gone = match (done, self.as_reference) {
+                (true, true) => left(&before, before.job.cached),
+                (false, true) => 0.0,
+                (true, false) => left(&before, before.computed),
+                (false, false) => left(&before, before.computed) - left(&before, before.computed + count),
+            };
+            self.queued = (self.queued - gone).max(0.0);
+            self.timely = (self.timely - gone).max(0.0);
+        }
+        if self.line.is_empty() && self.hopeless.is_empty() {
+            (self.queued, self.timely) = (0.0, 0.0);
+        }
+    }
+
+    /// Who was preempted while the last plan found no step at all.
+    pub fn take_preempted(&mut self) -> Vec<JobId> {
+        if self.in_flight.is_some() { Vec::new() } else { std::mem::take(&mut self.preempted) }
+    }
+
+    /// Everything is lost; whose it was, in order.
+    pub fn clear(&mut self) -> Vec<JobId> {
+        let mut ids: Vec<JobId> = (self.line.drain(..).chain(self.hopeless.drain(..)).map(|w| w.job.id))
+            .chain(self.rows.drain(..).map(|row| row.job.id))
+            .chain(self.held.drain().map(|(id, _)| id))
+            .chain(self.preempted.drain(..))
+            .collect();
+        ids.sort_unstable();
+        ids.dedup();
+        self.context = 0;
+        self.blocks_used = 0;
+        self.in_flight = None;
+        (self.queued, self.timely) = (0.0, 0.0);
+        ids
+    }
+
+    /// Sequences decoding, and their tokens.
+    pub fn decodes(&self) -> (u32, u64) {
+        (self.rows.len() as u32, self.context)
+    }
+
+    /// Tokens of online sequences decoding, and how many.
+    pub fn online_decodes(&self) -> usize {
+        self.rows.iter().filter(|row| row.job.class == ServiceClass::Online).count()
+    }
+
+    /// Prompts waiting or under way.
+    pub fn prompts(&self) -> usize {
+        self.line.len() + self.hopeless.len()
+    }
+
+    /// Seconds of queued prompts: all of them, and those that can still be in time.
+    pub fn queue_seconds(&self) -> (f64, f64) {
+        let timely = if self.pace.order == Order::Arrival { self.queued } else { self.timely };
+        (self.queued, timely.min(self.queued))
+    }
+
+    /// Blocks in use, and in all.
+    pub fn blocks(&self) -> (u32, u32) {
+        (self.blocks_used, self.blocks_total)
+    }
+
+    /// Compares the counters with what they count, from scratch.
+    ///
+    /// # Panics
+    /// If they do not add up.
+    pub fn check_books(&self) {
+        let rows: u32 = self.rows.iter().map(|row| row.room / BLOCK_TOKENS).sum();
+        let held: u32 = self.held.values().sum();
+        assert_eq!(self.blocks_used, rows + held, "blocks are counted");
+        assert!(self.as_reference || self.blocks_used <= self.blocks_total, "no more blocks are in use than exist");
+        let context: u64 = self.rows.iter().map(|row| u64::from(row.job.tokens)).sum();
+        assert_eq!(self.context, context, "context is counted");
+    }
+}
