@@ -515,7 +515,7 @@ impl<'a> Cluster<'a> {
         if !self.options.stale.is_zero() {
             w.belief.sent.push_back((self.now, tokens));
         }
-        if self.options.as_reference {
+        if self.options.as_reference && decode != worker {
             // The reference sends KV first and finds room for it then.
             return self.send_kv(id, decode);
         }
@@ -526,8 +526,7 @@ impl<'a> Cluster<'a> {
     fn send_kv(&mut self, id: JobId, worker: usize) {
         let tokens = self.workload.arrivals[id as usize].input + self.jobs[id as usize].made - 1;
         let from = self.jobs[id as usize].worker;
-        let here = from as usize == worker;
-        let arrives = if here { self.now } else { self.transfer(from as usize, worker, tokens) };
+        let arrives = self.transfer(from as usize, worker, tokens);
         let (life, from_life) = (self.workers[worker].life, self.workers[from as usize].life);
         self.at(arrives, Event::Kv { worker: worker as u32, life, job: id, from, from_life });
     }
@@ -653,8 +652,8 @@ impl<'a> Cluster<'a> {
     }
 
     fn step_ends(&mut self, worker: usize) {
+        // Busy until all of the step is taken in: whoever decodes on here is in the very next one.
         let w = &mut self.workers[worker];
-        w.busy = false;
         let (rows, _) = w.batcher.decodes();
         let mut happened = std::mem::take(&mut self.happened);
         happened.clear();
@@ -682,6 +681,7 @@ impl<'a> Cluster<'a> {
         if !self.workers[worker].inbound.is_empty() {
             self.let_in(worker);
         }
+        self.workers[worker].busy = false;
         self.kick(worker);
         if cfg!(debug_assertions) {
             self.workers[worker].batcher.check_books();

@@ -103,6 +103,8 @@ struct Running {
 struct Flight {
     /// Prompts in this step, with the tokens of each.
     prompts: Vec<(JobId, u32)>,
+    /// How many rows are in it: the first ones. Who joins meanwhile is in the next.
+    rows: usize,
 }
 
 /// A worker's batcher and its pool, as numbers.
@@ -249,6 +251,7 @@ impl Twin {
         if rows + prompt_tokens == 0 {
             return None;
         }
+        flight.rows = self.rows.len();
         self.in_flight = Some(flight);
         Some(Shape { new_tokens: rows + prompt_tokens, pairs, context, prompt_tokens })
     }
@@ -351,15 +354,14 @@ impl Twin {
     pub fn apply(&mut self, happened: &mut Vec<Happened>) {
         let flight = self.in_flight.take().expect("a step was planned");
         happened.extend(self.preempted.drain(..).map(Happened::Preempted));
-        let mut at = 0;
-        self.context += self.rows.len() as u64;
-        while at < self.rows.len() {
+        self.context += flight.rows as u64;
+        // From the last: what takes the place of one that ends has had its token, or is not in this step.
+        for at in (0..flight.rows).rev() {
             let row = &mut self.rows[at];
             row.job.tokens += 1;
             row.job.made += 1;
             row.job.left -= 1;
             if row.job.left > 0 {
-                at += 1;
                 continue;
             }
             let row = self.rows.swap_remove(at);
