@@ -43,6 +43,24 @@ pub struct Pace {
     pub model: StepTime,
     /// Tokens of room that an admitted answer has to grow.
     pub headroom_tokens: u32,
+    /// Tokens that an answer has, on average: short ones cannot make up for a long first gap.
+    pub expected_tokens: f64,
+}
+
+/// Share of answers that may be too short to make up for their first gap.
+const TOO_SHORT: f64 = 0.04;
+/// Seconds that a hand-off takes, by and large.
+const HANDOFF_SECONDS: f64 = 5e-3;
+
+/// The longest step, in seconds, beside prompts where answers of so many tokens on average are handed in.
+///
+/// The first gap of such an answer holds the hand-off and the rest of the step that is under way. Only later
+/// tokens, each faster than its target, make up for it; of answers whose length is as good as random, few may
+/// be too short for that.
+pub fn step_most(token_seconds: f64, expected_tokens: f64) -> f64 {
+    let tokens = TOO_SHORT * expected_tokens.max(1.0);
+    let most = (tokens * token_seconds - HANDOFF_SECONDS) / (tokens + 0.5);
+    most.clamp(0.0, AIM * token_seconds)
 }
 
 /// A prompt that is not computed yet, or not wholly.
@@ -126,13 +144,18 @@ const AIM: f64 = 0.95;
 ///
 /// Each decode spreads what it is ahead or behind over its next few tokens. One that is so late that steps
 /// without prompts would not save it does not count: it would stop all prompts and gain nothing.
-pub fn step_seconds(decodes: impl Iterator<Item = Decode>, least: f64, now: Time) -> f64 {
+pub fn step_seconds(
+    decodes: impl Iterator<Item = Decode>,
+    least: f64,
+    expected_tokens: f64,
+    now: Time,
+) -> f64 {
     let now = now.as_secs_f64();
     let allowed = decodes.filter_map(|decode| {
         let tokens = f64::from(decode.made) + HORIZON;
         let left = decode.first_at.as_secs_f64() + AIM * tokens * decode.token_seconds - now;
         let seconds = left / HORIZON;
-        (seconds >= least).then_some(seconds)
+        (seconds >= least).then_some(seconds.min(step_most(decode.token_seconds, expected_tokens)))
     });
     allowed.fold(f64::INFINITY, f64::min)
 }

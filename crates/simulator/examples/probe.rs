@@ -36,7 +36,7 @@ fn main() {
         planner: get("planner", "on") == "on",
         first_token: ms("ttft", "1000"),
         per_token: ms("tpot", "50"),
-        shared_links: get("shared", "on") == "on",
+        shared_links: get("shared", "off") == "on",
         noise: get("noise", "0").parse().unwrap(),
         bias: get("bias", "0").parse().unwrap(),
         stale: ms("stale", "0"),

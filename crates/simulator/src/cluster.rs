@@ -147,7 +147,7 @@ impl<'a> Cluster<'a> {
     /// Runs to the end.
     pub fn run(mut self) -> Outcome {
         let end = self.workload.arrivals.last().map_or(Time::ZERO, |last| last.at);
-        if self.options.planner {
+        if self.options.planner || self.is_cost {
             self.at(Time::ZERO + PLANNER_TICK, Event::Plan);
         }
         if self.workload.arrivals.iter().any(|arrival| arrival.class == ServiceClass::Offline) {
@@ -239,6 +239,7 @@ impl<'a> Cluster<'a> {
             budget,
             model: self.predicted,
             headroom_tokens: self.options.headroom_tokens,
+            expected_tokens: self.observer.output_tokens(),
         }
     }
 

@@ -138,7 +138,7 @@ impl Default for Options {
             per_token: Duration::from_millis(50),
             cache: cache::Sizes::default(),
             peer_pulls: true,
-            shared_links: true,
+            shared_links: false,
             link_bytes: 40e9,
             noise: 0.0,
             stale: Duration::ZERO,

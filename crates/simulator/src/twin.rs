@@ -317,7 +317,7 @@ impl Twin {
                     token_seconds: row.job.token_seconds,
                 });
                 let least = self.pace.model.step(self.rows.len() as f64, 0.0, self.context as f64);
-                pace::step_seconds(decodes, least, now)
+                pace::step_seconds(decodes, least, self.pace.expected_tokens, now)
             }
         }
     }

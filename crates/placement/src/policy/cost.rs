@@ -6,6 +6,7 @@
 //! functions of predicted time over target, so nothing hangs on a threshold.
 
 use serde::Serialize;
+use tandem_batching::pace;
 use tandem_types::{Role, StepTime};
 
 use super::{Considered, Explanation, Policy, Stage};
@@ -27,8 +28,6 @@ pub struct Tuning {
     pub prefill_on_decode_seconds: f64,
     /// Share of a step that prompts must get on a decoding worker to be worth their while.
     pub share_least: f64,
-    /// Part of their token target that paced decodes use up while prompts wait.
-    pub pace: f64,
     /// How many of each side are weighed in pairs.
     pub few: usize,
     /// Whether prefixes may be brought from peers.
@@ -44,7 +43,6 @@ impl Default for Tuning {
             decode_on_prefill_seconds: 1.0,
             prefill_on_decode_seconds: 0.05,
             share_least: 0.1,
-            pace: 0.9,
             few: 8,
             peer_pulls: true,
         }
@@ -107,6 +105,8 @@ struct DecodePart {
     terms: Terms,
     /// Seconds per token there.
     token_seconds: f64,
+    /// Seconds of a step there now, with the prompts that it takes along.
+    step_seconds: f64,
     cost: f64,
 }
 
@@ -121,7 +121,8 @@ impl Cost {
     }
 
     /// The share of its time that a worker gives to prompts while some wait.
-    fn prefill_share(&self, c: &Candidate, model: &StepTime, target: f64) -> f64 {
+    fn prefill_share(&self, c: &Candidate, model: &StepTime, request: &Request) -> f64 {
+        let target = request.token_seconds;
         if c.decodes == 0 {
             return 1.0;
         }
@@ -129,11 +130,11 @@ impl Cost {
         let fixed = model.a0 + model.a1 * rows + model.b2 * c.decode_tokens as f64;
         let full = model.a1 * f64::from(c.prompt_budget);
         let step = if c.paced && target.is_finite() {
-            (fixed + full).min(self.tuning.pace * target)
+            (fixed + full).min(pace::step_most(target, request.expected()))
         } else {
             fixed + full
         };
-        ((step - fixed) / step).clamp(0.0, 1.0)
+        if step > fixed { (step - fixed) / step } else { 0.0 }
     }
 
     fn prefill_part(&self, at: usize, c: &Candidate, request: &Request, best: Option<Bring>) -> PrefillPart {
@@ -141,7 +142,7 @@ impl Cost {
         let held = request.held.iter().find(|held| held.candidate == at);
         let (bring, cached) = self.cheapest_prefix(&model, c, request, held, best);
         let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
-        let share = self.prefill_share(c, &model, request.token_seconds);
+        let share = self.prefill_share(c, &model, request);
         let usable = share.max(0.02);
         let wait = sane_seconds(c.timely_seconds) / usable;
         let compute = alone / usable;
@@ -208,7 +209,7 @@ impl Cost {
             // Its first decode takes away more than one row: steps must stay short from then on.
             let share = |decodes| {
                 let c = Candidate { decodes, near: Vec::new(), worker: Default::default(), ..c.clone() };
-                self.prefill_share(&c, &model, target)
+                self.prefill_share(&c, &model, request)
             };
             let less = if c.decodes == 0 { share(0) - share(1) } else { 0.0 };
             terms.role = self.tuning.decode_on_prefill_seconds * (1.0 + less);
@@ -223,7 +224,13 @@ impl Cost {
                 terms.token_loss = lost * self.miss(after + late, target) + after;
             }
         }
-        DecodePart { at, terms, token_seconds: after, cost: terms.sum() }
+        let step_seconds = if c.timely_seconds > 0.0 {
+            let full = model.step(rows + f64::from(c.prompt_budget), 0.0, context);
+            if c.paced { full.min(pace::step_most(target.min(1.0), expected).max(after)) } else { full }
+        } else {
+            after
+        };
+        DecodePart { at, terms, token_seconds: after, step_seconds, cost: terms.sum() }
     }
 
     fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
@@ -234,7 +241,7 @@ impl Cost {
             let seconds = from.link_to(&candidates[d.at]).seconds(f64::from(request.prompt_tokens));
             terms.transfer = seconds;
             // The first gap has the transfer and the rest of the step that the worker is in.
-            let late = (seconds + d.token_seconds / 2.0) / request.expected().max(1.0);
+            let late = (seconds + d.step_seconds / 2.0) / request.expected().max(1.0);
             let with = self.miss(d.token_seconds + late, target);
             let without = self.miss(d.token_seconds, target);
             terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);

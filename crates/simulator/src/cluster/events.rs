@@ -112,6 +112,19 @@ impl Cluster<'_> {
     }
 
     fn plan_roles(&mut self) {
+        let pace = self.pace();
+        for worker in &mut self.workers {
+            worker.batcher.set_pace(pace);
+        }
+        if self.options.planner {
+            self.flip_roles();
+        }
+        if self.next < self.workload.arrivals.len() || self.open_online > 0 {
+            self.at(self.now + PLANNER_TICK, Event::Plan);
+        }
+    }
+
+    fn flip_roles(&mut self) {
         self.refresh();
         let load = self.observer.load(self.now);
         let plan = self.planner.plan(&self.view, &load, self.now);
@@ -122,9 +135,6 @@ impl Cluster<'_> {
             self.outcome.flips += 1;
             self.outcome.flip_log.push((self.now, worker as u32, flip.to));
             self.log(6, worker as u64, flip.to as u64);
-        }
-        if self.next < self.workload.arrivals.len() || self.open_online > 0 {
-            self.at(self.now + PLANNER_TICK, Event::Plan);
         }
     }
 
