@@ -18,9 +18,14 @@ impl Batcher {
         // Who has pages comes first: room for its growth is not given to a newcomer that would then have to go
         // again.
         let mut chosen = Vec::new();
-        self.choose(|_| true, &mut chosen, kv, now);
-        let admitted = self.admit(kv, now);
-        self.choose(|s| admitted.contains(&s.spec.id), &mut chosen, kv, now);
+        match self.pace {
+            Some(pace) => self.choose_paced(&pace, &mut chosen, kv, now),
+            None => {
+                self.choose(|_| true, &mut chosen, kv, now);
+                let admitted = self.admit(kv, now);
+                self.choose(|s| admitted.contains(&s.spec.id), &mut chosen, kv, now);
+            }
+        }
         // One order whoever was admitted when, so that a plan of the same rows looks the same.
         chosen.sort_unstable_by_key(|(id, _)| {
             let sequence = &self.sequences[id];
@@ -76,28 +81,38 @@ impl Batcher {
             let wanted = sequence.wanted_room(context);
             let room = if kv.fits_ever(wanted) { wanted } else { sequence.known() };
             if !kv.fits_ever(room) {
-                // What has grown to more than the pool has reached its end; what came so large never begins.
-                if sequence.known() > sequence.spec.prompt_tokens {
-                    self.end_by_length(id, kv, now);
-                } else {
-                    self.remove(id, Event::Rejected { id }, kv, now);
-                }
+                self.end_too_large(id, kv, now);
                 continue;
             }
             let Some((table, cached)) = self.open(id, room, kv, now) else { break };
-            let sequence = self.sequences.get_mut(&id).expect("listed above");
-            sequence.table = Some(table);
-            sequence.computed = cached;
-            sequence.submitted = cached;
-            sequence.cached = cached;
+            self.admitted(id, table, cached);
             admitted.push(id);
-            self.events.push(Event::Admitted { id, cached_tokens: cached });
         }
         admitted
     }
 
+    /// A sequence has pages, and what they hold already is computed.
+    pub(crate) fn admitted(&mut self, id: SequenceId, table: Table, cached: u32) {
+        let sequence = self.sequences.get_mut(&id).expect("callers have looked it up");
+        sequence.table = Some(table);
+        sequence.computed = cached;
+        sequence.submitted = cached;
+        sequence.cached = cached;
+        self.events.push(Event::Admitted { id, cached_tokens: cached });
+    }
+
+    /// What has grown to more than the pool has reached its end; what came so large never begins.
+    pub(crate) fn end_too_large(&mut self, id: SequenceId, kv: &mut KvCache, now: Time) {
+        let sequence = &self.sequences[&id];
+        if sequence.known() > sequence.spec.prompt_tokens {
+            self.end_by_length(id, kv, now);
+        } else {
+            self.remove(id, Event::Rejected { id }, kv, now);
+        }
+    }
+
     /// Pages for a waiting sequence, if need be those of paused ones; never of one that gets rows.
-    fn open(&mut self, id: SequenceId, room: u32, kv: &mut KvCache, now: Time) -> Option<(Table, u32)> {
+    pub(crate) fn open(&mut self, id: SequenceId, room: u32, kv: &mut KvCache, now: Time) -> Option<(Table, u32)> {
         loop {
             let sequence = &self.sequences[&id];
             if let Ok(opened) = kv.open(sequence.chain.hashes(), sequence.known(), room, now) {
@@ -112,7 +127,7 @@ impl Batcher {
     }
 
     /// Which of these sequences get how many positions: decodes first, then prompts, the oldest first of each.
-    fn choose(
+    pub(crate) fn choose(
         &mut self,
         of: impl Fn(&Sequence) -> bool,
         chosen: &mut Vec<(SequenceId, u32)>,

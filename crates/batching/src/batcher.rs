@@ -5,8 +5,9 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use tandem_kv_cache::{KvCache, Table};
 use tandem_types::{FinishReason, Sampled, Time, Usage};
 
+use crate::pace::{Line, Pace};
 use crate::sequence::Sequence;
-use crate::{Origin, SequenceId, SequenceSpec};
+use crate::{Origin, SequenceId, SequenceSpec, Target};
 
 /// Limits of a step.
 #[derive(Clone, Debug, PartialEq)]
@@ -106,6 +107,11 @@ pub struct Batcher {
     /// Pages of sequences that left while a plan named them: given back when it is collected.
     pub(crate) graveyard: Vec<(u64, Table)>,
     pub(crate) events: Vec<Event>,
+    /// Order and pace of prompts; without it they go by age, as far as budget and memory allow.
+    pub(crate) pace: Option<Pace>,
+    /// Prompts under a pace.
+    pub(crate) line: Line<SequenceId>,
+    pub(crate) timely_seconds: f64,
 }
 
 /// Slot numbers, small and reused.
@@ -151,6 +157,9 @@ impl Batcher {
             slots: Slots::default(),
             graveyard: Vec::new(),
             events: Vec::new(),
+            pace: None,
+            line: Line::default(),
+            timely_seconds: 0.0,
         }
     }
 
@@ -169,6 +178,10 @@ impl Batcher {
             sequence.table = Some(table);
             sequence.computed = computed;
             sequence.submitted = computed;
+            sequence.handed_in = sequence.gap() == 1;
+        }
+        if !sequence.decodes() {
+            self.line.push(sequence.spec.id);
         }
         let before = self.sequences.insert(sequence.spec.id, sequence);
         assert!(before.is_none(), "a sequence id is used once");
@@ -212,11 +225,28 @@ impl Batcher {
         }
     }
 
+    /// Orders and paces prompts from the next plan on, or no longer.
+    pub fn set_pace(&mut self, pace: Option<Pace>) {
+        self.pace = pace;
+    }
+
+    /// When the tokens of a sequence are due; without it, never. Counts under a pace only.
+    pub fn set_target(&mut self, id: SequenceId, target: Target) {
+        if let Some(sequence) = self.sequences.get_mut(&id) {
+            sequence.target = target;
+        }
+    }
+
     /// A granted sequence is not preempted.
     pub fn set_leased(&mut self, id: SequenceId, leased: bool) {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.leased = leased;
         }
+    }
+
+    /// Whose a slot is, while its sequence is here.
+    pub fn sequence_of(&self, slot: u32) -> Option<SequenceId> {
+        self.sequences.values().find(|s| s.slot == Some(slot)).map(|s| s.spec.id)
     }
 
     /// The pages of a sequence, once it is admitted.
@@ -243,6 +273,11 @@ impl Batcher {
     /// of each (its decode) not counted.
     pub fn waiting_tokens(&self) -> u64 {
         self.sequences.values().map(|s| u64::from(s.gap().saturating_sub(1))).sum()
+    }
+
+    /// Seconds of prompts that could still be in time when they were last put in order, under a pace.
+    pub fn timely_seconds(&self) -> f64 {
+        self.timely_seconds
     }
 
     /// Compares counters with what is in flight, from scratch.

@@ -14,9 +14,10 @@ mod admit;
 mod apply;
 mod batcher;
 pub mod pace;
+mod paced;
 mod plan;
 mod sequence;
 
 pub use batcher::{Batcher, Config, Event};
 pub use plan::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
-pub use sequence::{Origin, SequenceId, SequenceSpec};
+pub use sequence::{Origin, SequenceId, SequenceSpec, Target};

@@ -2,6 +2,8 @@
 //!
 //! Values in, values out; the batcher calls these functions, and so does whoever must foresee what it will do.
 
+use std::collections::VecDeque;
+
 use tandem_types::{ServiceClass, StepTime, Time, attention_pairs};
 
 /// Which waiting prompt is computed first.
@@ -108,6 +110,22 @@ pub struct Forecast {
     end: f64,
 }
 
+/// The share of its time that a worker gives to prompts while some wait, beside `rows` decodes over `context`
+/// tokens. `step_most` bounds its steps where slack does.
+pub fn prompt_share(model: &StepTime, budget: Budget, step_most: f64, rows: u32, context: f64) -> f64 {
+    if rows == 0 {
+        return 1.0;
+    }
+    let decodes = model.a1 * f64::from(rows) + model.b2 * context;
+    let full = model.a0 + model.a1 * f64::from(budget.most());
+    let prompts = match budget {
+        Budget::Tokens(_) => full,
+        Budget::Slack(_) => full.min(step_most - decodes),
+    };
+    // What every step costs is lost to short prompts: only what is beyond it gets them on.
+    if prompts > model.a0 { (prompts - model.a0) / (prompts + decodes) } else { 0.0 }
+}
+
 impl Forecast {
     /// Nothing is before the first.
     pub fn new(model: StepTime, now: Time) -> Forecast {
@@ -134,7 +152,100 @@ impl Forecast {
     }
 }
 
-/// Over how many coming tokens a decode may make up for lost time.
+/// Prompts in the order in which they are computed.
+#[derive(Clone, Debug)]
+pub struct Line<T> {
+    next: VecDeque<T>,
+    /// What not even an idle worker could save: looked at once, computed last.
+    hopeless: VecDeque<T>,
+}
+
+impl<T> Default for Line<T> {
+    fn default() -> Self {
+        Line { next: VecDeque::new(), hopeless: VecDeque::new() }
+    }
+}
+
+impl<T> Line<T> {
+    /// At the end.
+    pub fn push(&mut self, item: T) {
+        self.next.push_back(item);
+    }
+
+    /// Whether nobody waits.
+    pub fn is_empty(&self) -> bool {
+        self.next.is_empty() && self.hopeless.is_empty()
+    }
+
+    /// How many wait.
+    pub fn len(&self) -> usize {
+        self.next.len() + self.hopeless.len()
+    }
+
+    /// In order.
+    pub fn iter(&self) -> impl Iterator<Item = &T> {
+        self.next.iter().chain(&self.hopeless)
+    }
+
+    /// In order, to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
+        self.next.iter_mut().chain(&mut self.hopeless)
+    }
+
+    /// Takes out the one at this place, counted as `iter` counts.
+    pub fn remove(&mut self, place: usize) -> Option<T> {
+        match place.checked_sub(self.next.len()) {
+            None => self.next.remove(place),
+            Some(place) => self.hopeless.remove(place),
+        }
+    }
+
+    /// The one at this place has begun, and is finished next even if it is hopeless.
+    pub fn begun(&mut self, place: usize) {
+        if place >= self.next.len()
+            && let Some(item) = self.remove(place)
+        {
+            self.next.push_front(item);
+        }
+    }
+
+    /// Puts those that can still meet their targets first, those without targets last, and says how many seconds
+    /// of work are in time. `prompt` looks an item up; those it does not find are gone.
+    pub fn arrange(&mut self, pace: &Pace, now: Time, prompt: impl Fn(&T) -> Option<Prompt>) -> f64 {
+        let mut forecast = Forecast::new(pace.model, now);
+        let (mut crowded, mut offline) = (Vec::new(), Vec::new());
+        for item in std::mem::take(&mut self.next) {
+            let Some(prompt) = prompt(&item) else { continue };
+            if pace.order == Order::Arrival {
+                self.next.push_back(item);
+                continue;
+            }
+            if prompt.class == ServiceClass::Offline {
+                offline.push(item);
+                continue;
+            }
+            match forecast.next(&prompt) {
+                Chance::InTime => self.next.push_back(item),
+                Chance::Crowded => crowded.push(item),
+                Chance::Hopeless => self.hopeless.push_back(item),
+            }
+        }
+        self.next.extend(crowded);
+        if !offline.is_empty() {
+            // Those without targets come after everybody who has some.
+            self.next.append(&mut self.hopeless);
+            self.next.extend(offline);
+        }
+        forecast.seconds()
+    }
+
+    /// Takes everybody out, in order.
+    pub fn clear(&mut self) -> Vec<T> {
+        self.next.drain(..).chain(self.hopeless.drain(..)).collect()
+    }
+}
+
+/// Over how many coming a decode may make up for lost time.
 const HORIZON: f64 = 8.0;
 /// Share of a target that is aimed at.
 const AIM: f64 = 0.95;

@@ -1,6 +1,7 @@
 //! A sequence: what is known, computed and submitted of it.
 
 use tandem_kv_cache::{ChainSeed, HashChain, Table};
+use crate::pace::Prompt;
 use tandem_types::{
     BLOCK_TOKENS, Choice, FinishReason, SamplingParams, ServiceClass, StopRules, Time, TokenId, Until, Usage,
 };
@@ -34,6 +35,24 @@ pub struct SequenceSpec {
     pub seed: ChainSeed,
 }
 
+/// When a sequence's tokens are due.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Target {
+    /// When the first one is.
+    pub due: Time,
+    /// When the first one was there, wherever it was drawn.
+    pub first_at: Time,
+    /// Seconds per further token that it may take on average; infinite without a target.
+    pub token_seconds: f64,
+}
+
+impl Default for Target {
+    /// Never.
+    fn default() -> Self {
+        Target { due: Time::MAX, first_at: Time::ZERO, token_seconds: f64::INFINITY }
+    }
+}
+
 /// How much of a sequence is computed already.
 #[derive(Debug)]
 pub enum Origin {
@@ -64,6 +83,9 @@ pub(crate) struct Sequence {
     pub(crate) cached: u32,
     pub(crate) leased: bool,
     pub(crate) paused: bool,
+    /// It came with its KV, to be gone on with.
+    pub(crate) handed_in: bool,
+    pub(crate) target: Target,
     /// The last plan that names it.
     pub(crate) last_plan: Option<u64>,
 }
@@ -84,13 +106,31 @@ impl Sequence {
             cached: 0,
             leased: false,
             paused: false,
+            handed_in: false,
+            target: Target::default(),
             last_plan: None,
         }
     }
 
-    /// Its place in line: the smaller, the older.
-    pub(crate) fn age(&self) -> (Time, SequenceId) {
-        (self.spec.arrived, self.spec.id)
+    /// Its place in line: the smaller, the older. Those without targets come after all others.
+    pub(crate) fn age(&self) -> (bool, Time, SequenceId) {
+        (self.spec.class == ServiceClass::Offline, self.spec.arrived, self.spec.id)
+    }
+
+    /// Whether it draws a token in every step: it has drawn here, or came to be gone on with.
+    pub(crate) fn decodes(&self) -> bool {
+        self.gap() == 1 && (self.draws > 0 || self.handed_in)
+    }
+
+    /// What is left of its prompt.
+    pub(crate) fn prompt(&self) -> Prompt {
+        Prompt {
+            left: self.gap(),
+            total: self.known(),
+            begun: self.table.is_some(),
+            due: self.target.due,
+            class: self.spec.class,
+        }
     }
 
     pub(crate) fn known(&self) -> u32 {

@@ -4,9 +4,9 @@
 //! much of it fits is decided by the very functions that the batcher calls (`tandem_batching::pace`); that
 //! pages, admission and preemption agree too is property-tested against [`crate::real::Real`].
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
-use tandem_batching::pace::{self, Budget, Chance, Decode, Filling, Forecast, Order, Pace, Prompt};
+use tandem_batching::pace::{self, Budget, Decode, Filling, Line, Order, Pace, Prompt};
 use tandem_types::{BLOCK_TOKENS, ServiceClass, Time, blocks_for};
 
 /// Names a request's leg on a worker.
@@ -64,14 +64,14 @@ pub struct Shape {
 }
 
 /// What a step has brought.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Happened {
-    /// A prompt is computed and its first token drawn. Its pages stay until they are adopted or let go.
-    FirstToken(JobId),
-    /// A decode has drawn its last token.
-    Finished(JobId),
     /// It was taken out to make room, with all it had drawn.
     Preempted(JobId),
+    /// A decode has drawn its last token.
+    Finished(JobId),
+    /// A prompt is computed and its first token drawn. Its pages stay until they are adopted or let go.
+    FirstToken(JobId),
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,13 +113,14 @@ pub struct Twin {
     pace: Pace,
     blocks_total: u32,
     blocks_used: u32,
-    line: VecDeque<Waiting>,
-    hopeless: VecDeque<Waiting>,
+    line: Line<Waiting>,
     rows: Vec<Running>,
     context: u64,
     /// Blocks of legs that are reserved or lent: on their way in or out.
     held: HashMap<JobId, u32>,
     in_flight: Option<Flight>,
+    /// The only row has no room for its next token.
+    stalled: bool,
     preempted: Vec<JobId>,
     /// Seconds of queued prompts as last ordered, all and those in time.
     timely: f64,
@@ -135,12 +136,12 @@ impl Twin {
             as_reference: false,
             blocks_total: (kv_tokens / u64::from(BLOCK_TOKENS)) as u32,
             blocks_used: 0,
-            line: VecDeque::new(),
-            hopeless: VecDeque::new(),
+            line: Line::default(),
             rows: Vec::new(),
             context: 0,
             held: HashMap::new(),
             in_flight: None,
+            stalled: false,
             preempted: Vec::new(),
             timely: 0.0,
             queued: 0.0,
@@ -169,7 +170,7 @@ impl Twin {
         let cost = self.cost(&job, waiting.computed);
         self.queued += cost;
         self.timely += cost;
-        self.line.push_back(waiting);
+        self.line.push(waiting);
     }
 
     /// Takes pages for a decode whose KV is on its way. False if there is no room now.
@@ -215,21 +216,19 @@ impl Twin {
     /// The next step, or `None` if there is nothing to compute.
     pub fn plan(&mut self, now: Time) -> Option<Shape> {
         debug_assert!(self.in_flight.is_none(), "one step at a time");
+        self.stalled = false;
         self.grow();
         let mut flight = Flight::default();
-        let (rows, context) = (self.rows.len() as u32, self.context);
+        let (rows, context) = if self.stalled { (0, 0) } else { (self.rows.len() as u32, self.context) };
         let (mut prompt_tokens, mut pairs) = (0, 0.0);
-        if !(self.line.is_empty() && self.hopeless.is_empty()) {
-            self.order(now);
-            let seconds = self.step_seconds(now);
+        if !self.line.is_empty() {
+            self.timely = self.line.arrange(&self.pace, now, |waiting| Some(waiting.prompt()));
+            let seconds = self.step_seconds(rows, context, now);
             let mut filling = Filling::new(&self.pace, seconds, rows, context as f64);
-            for (place, hopeless) in
-                (0..self.line.len()).map(|at| (at, false)).chain((0..self.hopeless.len()).map(|at| (at, true)))
-            {
+            for w in self.line.iter_mut() {
                 if filling.is_full() {
                     break;
                 }
-                let w = if hopeless { &mut self.hopeless[place] } else { &mut self.line[place] };
                 let blocks = if self.as_reference { 0 } else { blocks_for(w.job.tokens) };
                 if !w.begun && self.blocks_used + blocks > self.blocks_total {
                     break; // nobody passes one that waits for memory
@@ -251,7 +250,7 @@ impl Twin {
         if rows + prompt_tokens == 0 {
             return None;
         }
-        flight.rows = self.rows.len();
+        flight.rows = rows as usize;
         self.in_flight = Some(flight);
         Some(Shape { new_tokens: rows + prompt_tokens, pairs, context, prompt_tokens })
     }
@@ -284,8 +283,10 @@ impl Twin {
                 }
                 let youngest = order[place..].iter().rev().copied().find(|&at| !gone[at]);
                 let Some(victim) = youngest else { break };
-                if victim == at && !order[..place].iter().any(|&at| !gone[at]) && self.held.is_empty() {
-                    break; // alone: it would only come back
+                if victim == at && !order[..place].iter().any(|&at| !gone[at]) {
+                    // Pages on their way hold the rest: giving up its own would help nobody.
+                    self.stalled = true;
+                    break;
                 }
                 gone[victim] = true;
                 self.blocks_used -= self.rows[victim].room / BLOCK_TOKENS;
@@ -306,7 +307,7 @@ impl Twin {
     }
 
     /// Seconds that the coming step may take.
-    fn step_seconds(&self, now: Time) -> f64 {
+    fn step_seconds(&self, rows: u32, context: u64, now: Time) -> f64 {
         match self.pace.budget {
             Budget::Tokens(_) => f64::INFINITY,
             Budget::Slack(_) if self.rows.is_empty() => f64::INFINITY,
@@ -316,43 +317,16 @@ impl Twin {
                     made: row.job.made,
                     token_seconds: row.job.token_seconds,
                 });
-                let least = self.pace.model.step(self.rows.len() as f64, 0.0, self.context as f64);
+                let least = self.pace.model.step(f64::from(rows), 0.0, context as f64);
                 pace::step_seconds(decodes, least, self.pace.expected_tokens, now)
             }
-        }
-    }
-
-    /// Puts prompts that can still meet their targets first.
-    fn order(&mut self, now: Time) {
-        if self.pace.order == Order::Arrival {
-            return;
-        }
-        let mut forecast = Forecast::new(self.pace.model, now);
-        let (mut crowded, mut offline) = (Vec::new(), Vec::new());
-        let line = std::mem::take(&mut self.line);
-        for waiting in line {
-            if waiting.job.class == ServiceClass::Offline {
-                offline.push(waiting);
-                continue;
-            }
-            match forecast.next(&waiting.prompt()) {
-                Chance::InTime => self.line.push_back(waiting),
-                Chance::Crowded => crowded.push(waiting),
-                Chance::Hopeless => self.hopeless.push_back(waiting),
-            }
-        }
-        self.timely = forecast.seconds();
-        self.line.extend(crowded);
-        if !offline.is_empty() {
-            // Those without targets come after everybody who has some.
-            self.line.append(&mut self.hopeless);
-            self.line.extend(offline);
         }
     }
 
     /// The step in flight has ended.
     pub fn apply(&mut self, happened: &mut Vec<Happened>) {
         let flight = self.in_flight.take().expect("a step was planned");
+        let begin = happened.len();
         happened.extend(self.preempted.drain(..).map(Happened::Preempted));
         self.context += flight.rows as u64;
         // From the last: what takes the place of one that ends has had its token, or is not in this step.
@@ -370,24 +344,16 @@ impl Twin {
             happened.push(Happened::Finished(row.job.id));
         }
         for &(id, count) in &flight.prompts {
-            let in_line = self.line.iter().position(|w| w.job.id == id);
-            let (list, place) = match in_line {
-                Some(place) => (&mut self.line, place),
-                None => {
-                    let place = self.hopeless.iter().position(|w| w.job.id == id).expect("it is in a line");
-                    (&mut self.hopeless, place)
-                }
-            };
-            let before = list[place];
-            list[place].computed += count;
-            let done = list[place].computed >= before.job.tokens;
+            let place = self.line.iter().position(|w| w.job.id == id).expect("it is in line");
+            let w = self.line.iter_mut().nth(place).expect("it has this place");
+            let before = *w;
+            w.computed += count;
+            let done = w.computed >= w.job.tokens;
             if done {
-                list.remove(place);
+                self.line.remove(place);
                 happened.push(Happened::FirstToken(id));
-            } else if in_line.is_none() {
-                // Begun ones are finished first.
-                let waiting = list.remove(place).expect("it is there");
-                self.line.push_front(waiting);
+            } else {
+                self.line.begun(place);
             }
             let model = self.pace.model;
             let most = self.pace.budget.most();
@@ -401,9 +367,10 @@ impl Twin {
             self.queued = (self.queued - gone).max(0.0);
             self.timely = (self.timely - gone).max(0.0);
         }
-        if self.line.is_empty() && self.hopeless.is_empty() {
+        if self.line.is_empty() {
             (self.queued, self.timely) = (0.0, 0.0);
         }
+        happened[begin..].sort_unstable();
     }
 
     /// Who was preempted while the last plan found no step at all.
@@ -413,7 +380,7 @@ impl Twin {
 
     /// Everything is lost; whose it was, in order.
     pub fn clear(&mut self) -> Vec<JobId> {
-        let mut ids: Vec<JobId> = (self.line.drain(..).chain(self.hopeless.drain(..)).map(|w| w.job.id))
+        let mut ids: Vec<JobId> = (self.line.clear().into_iter().map(|w| w.job.id))
             .chain(self.rows.drain(..).map(|row| row.job.id))
             .chain(self.held.drain().map(|(id, _)| id))
             .chain(self.preempted.drain(..))
@@ -439,7 +406,7 @@ impl Twin {
 
     /// Prompts waiting or under way.
     pub fn prompts(&self) -> usize {
-        self.line.len() + self.hopeless.len()
+        self.line.len()
     }
 
     /// Seconds of queued prompts: all of them, and those that can still be in time.

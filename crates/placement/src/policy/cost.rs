@@ -28,21 +28,25 @@ pub struct Tuning {
     pub prefill_on_decode_seconds: f64,
     /// Share of a step that prompts must get on a decoding worker to be worth their while.
     pub share_least: f64,
+    /// How much of that share may be counted on: decodes come and go while a prompt waits.
+    pub share_trust: f64,
     /// How many of each side are weighed in pairs.
     pub few: usize,
     /// Whether prefixes may be brought from peers.
     pub peer_pulls: bool,
 }
 
+fn env(k: &str, d: f64) -> f64 { std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d) }
 impl Default for Tuning {
     fn default() -> Self {
         Tuning {
-            miss_seconds: 10.0,
-            edge: 0.95,
-            softness: 0.04,
-            decode_on_prefill_seconds: 1.0,
-            prefill_on_decode_seconds: 0.05,
-            share_least: 0.1,
+            miss_seconds: env("MISS", 10.0),
+            edge: env("EDGE", 0.95),
+            softness: env("SOFT", 0.04),
+            decode_on_prefill_seconds: env("DOP", 1.0),
+            prefill_on_decode_seconds: env("POD", 0.05),
+            share_least: env("SHARE", 0.1),
+            share_trust: env("SAFE", 0.7),
             few: 8,
             peer_pulls: true,
         }
@@ -122,19 +126,12 @@ impl Cost {
 
     /// The share of its time that a worker gives to prompts while some wait.
     fn prefill_share(&self, c: &Candidate, model: &StepTime, request: &Request) -> f64 {
-        let target = request.token_seconds;
-        if c.decodes == 0 {
-            return 1.0;
-        }
-        let rows = f64::from(c.decodes);
-        let fixed = model.a0 + model.a1 * rows + model.b2 * c.decode_tokens as f64;
-        let full = model.a1 * f64::from(c.prompt_budget);
-        let step = if c.paced && target.is_finite() {
-            (fixed + full).min(pace::step_most(target, request.expected()))
-        } else {
-            fixed + full
+        let budget = match c.paced {
+            true => pace::Budget::Slack(c.prompt_budget),
+            false => pace::Budget::Tokens(c.prompt_budget),
         };
-        if step > fixed { (step - fixed) / step } else { 0.0 }
+        let most = pace::step_most(request.token_seconds, request.expected());
+        pace::prompt_share(model, budget, most, c.decodes, c.decode_tokens as f64)
     }
 
     fn prefill_part(&self, at: usize, c: &Candidate, request: &Request, best: Option<Bring>) -> PrefillPart {
@@ -143,7 +140,7 @@ impl Cost {
         let (bring, cached) = self.cheapest_prefix(&model, c, request, held, best);
         let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
         let share = self.prefill_share(c, &model, request);
-        let usable = share.max(0.02);
+        let usable = (if c.decodes > 0 { share * self.tuning.share_trust } else { 1.0 }).max(0.02);
         let wait = sane_seconds(c.timely_seconds) / usable;
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
