@@ -35,8 +35,8 @@ const DRAIN: Duration = Duration::from_secs(3600);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Event {
     Step { worker: u32, life: u32 },
-    Prompt { worker: u32, life: u32, job: JobId },
-    Kv { worker: u32, life: u32, job: JobId, from: u32, from_life: u32 },
+    Prompt { job: JobId, leg: u32 },
+    Kv { job: JobId, leg: u32 },
     Report { worker: u32 },
     Deliver { worker: u32 },
     Plan,
@@ -44,7 +44,7 @@ enum Event {
     Sample,
     Fault { number: u32 },
     Up { worker: u32 },
-    Again { job: JobId },
+    Again { job: JobId, leg: u32 },
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +60,12 @@ enum Stage {
 #[derive(Clone, Copy, Debug)]
 struct Job {
     stage: Stage,
+    /// Where it is.
     worker: u32,
+    /// Where its KV goes, while it moves.
+    to: u32,
+    /// Counts its placements: what was scheduled for an earlier one is void.
+    leg: u32,
     first_at: Time,
     last_at: Time,
     /// Tokens drawn.
@@ -260,6 +265,8 @@ impl<'a> Cluster<'a> {
         self.jobs.push(Job {
             stage: Stage::Waiting,
             worker: 0,
+            to: 0,
+            leg: 0,
             first_at: Time::ZERO,
             last_at: Time::ZERO,
             made: 0,
@@ -329,8 +336,7 @@ impl<'a> Cluster<'a> {
         request.held = self.held(id);
         self.ordinal += 1;
         let Some(route) = self.policy.choose(&request, &self.view) else {
-            self.jobs[id as usize].stage = Stage::Waiting;
-            return self.at(self.now + Duration::from_millis(100), Event::Again { job: id });
+            return self.place_again(id, Duration::from_millis(100));
         };
         self.start_prefill(id, route.prefill, &request);
     }
@@ -343,7 +349,7 @@ impl<'a> Cluster<'a> {
         let w = &mut self.workers[worker];
         if !w.up {
             // Sent to one that is dead and not yet known to be.
-            return self.at(self.now + DEATH_KNOWN, Event::Again { job: id });
+            return self.place_again(id, DEATH_KNOWN);
         }
         w.online += u32::from(request.class == ServiceClass::Online);
         if !self.options.stale.is_zero() {
@@ -351,12 +357,21 @@ impl<'a> Cluster<'a> {
             w.belief.timely.send(seconds, self.now);
         }
         let delay = self.bring(id, worker);
-        let life = self.workers[worker].life;
         if delay.is_zero() {
             self.take_prompt(id, worker);
         } else {
-            self.at(self.now + delay, Event::Prompt { worker: worker as u32, life, job: id });
+            let leg = self.jobs[id as usize].leg;
+            self.at(self.now + delay, Event::Prompt { job: id, leg });
         }
+    }
+
+    /// It waits for so long and is placed then.
+    fn place_again(&mut self, id: JobId, delay: Duration) {
+        let job = &mut self.jobs[id as usize];
+        job.stage = Stage::Waiting;
+        job.leg += 1;
+        let leg = job.leg;
+        self.at(self.now + delay, Event::Again { job: id, leg });
     }
 
     /// What the worker does to have the prefix: nothing, up from its host memory, or a pull from a peer.
@@ -508,7 +523,8 @@ impl<'a> Cluster<'a> {
         let tokens = arrival.input + self.jobs[id as usize].made;
         self.log(4, u64::from(id), decode as u64);
         let job = &mut self.jobs[id as usize];
-        job.stage = Stage::Moving;
+        (job.stage, job.to) = (Stage::Moving, decode as u32);
+        job.leg += 1;
         let w = &mut self.workers[decode];
         w.arriving.0 += 1;
         w.arriving.1 += u64::from(tokens);
@@ -526,10 +542,9 @@ impl<'a> Cluster<'a> {
 
     fn send_kv(&mut self, id: JobId, worker: usize) {
         let tokens = self.workload.arrivals[id as usize].input + self.jobs[id as usize].made - 1;
-        let from = self.jobs[id as usize].worker;
+        let (from, leg) = (self.jobs[id as usize].worker, self.jobs[id as usize].leg);
         let arrives = self.transfer(from as usize, worker, tokens);
-        let (life, from_life) = (self.workers[worker].life, self.workers[from as usize].life);
-        self.at(arrives, Event::Kv { worker: worker as u32, life, job: id, from, from_life });
+        self.at(arrives, Event::Kv { job: id, leg });
     }
 
     fn decode_here(&mut self, id: JobId, worker: usize) {
@@ -700,11 +715,12 @@ impl<'a> Cluster<'a> {
         let arrival = &self.workload.arrivals[id as usize];
         if arrival.class == ServiceClass::Offline {
             self.offline_open[worker].retain(|open| *open != id);
-            self.jobs[id as usize].stage = Stage::Waiting;
+            let job = &mut self.jobs[id as usize];
+            job.stage = Stage::Waiting;
+            job.leg += 1;
             self.offline.push_front(id);
         } else {
-            self.jobs[id as usize].stage = Stage::Waiting;
-            self.at(self.now, Event::Again { job: id });
+            self.place_again(id, Duration::ZERO);
         }
     }
 }

@@ -20,7 +20,7 @@ static SMALL: Profile = Profile {
 
 fn workload() -> impl Strategy<Value = Workload> {
     let request = (0..40u64, 1..900u32, 1..250u32, prop::bool::weighted(0.1));
-    prop::collection::vec(request, 1..60).prop_map(|requests| {
+    prop::collection::vec(request, 1..40).prop_map(|requests| {
         let mut at = 0;
         let arrivals = requests.into_iter().map(|(gap, input, output, offline)| {
             at += gap;
@@ -68,7 +68,7 @@ fn options() -> impl Strategy<Value = Options> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 32, ..ProptestConfig::default() })]
 
     #[test]
     fn both_ways_to_batch_make_the_same_log(workload in workload(), options in options()) {

@@ -8,14 +8,16 @@ impl Cluster<'_> {
             Event::Step { worker, life } if self.workers[worker as usize].life == life => {
                 self.step_ends(worker as usize);
             }
-            Event::Prompt { worker, life, job } if self.workers[worker as usize].life == life => {
-                if self.jobs[job as usize].stage == Stage::Prefill {
-                    self.take_prompt(job, worker as usize);
+            Event::Step { .. } => {} // of a start that is over
+            Event::Prompt { job, leg } => {
+                let at = self.jobs[job as usize];
+                if at.leg == leg && at.stage == Stage::Prefill {
+                    self.take_prompt(job, at.worker as usize);
                 }
             }
-            Event::Kv { worker, life, job, from, from_life } => {
-                self.kv_arrives(worker as usize, life, job, from as usize, from_life);
-            }
+            Event::Kv { job, leg } if self.jobs[job as usize].leg == leg => self.kv_arrives(job),
+            Event::Again { job, leg } if self.jobs[job as usize].leg == leg => self.place(job),
+            Event::Kv { .. } | Event::Again { .. } => {} // of a placement that is over
             Event::Report { worker } => self.report(worker as usize),
             Event::Deliver { worker } => self.deliver(worker as usize),
             Event::Plan => self.plan_roles(),
@@ -23,18 +25,14 @@ impl Cluster<'_> {
             Event::Sample => self.sample(),
             Event::Fault { number } => self.fault(number as usize),
             Event::Up { worker } => self.comes_up(worker as usize),
-            Event::Again { job } => self.again(job),
-            Event::Step { .. } | Event::Prompt { .. } => {} // of a start that is over
         }
     }
 
-    fn kv_arrives(&mut self, worker: usize, life: u32, id: JobId, from: usize, from_life: u32) {
-        let lives = self.workers[worker].life == life;
-        let source_lives = self.workers[from].life == from_life;
-        if source_lives {
-            self.workers[from].batcher.release(id);
-            self.workers[from].dirty = true;
-        }
+    fn kv_arrives(&mut self, id: JobId) {
+        let job = &self.jobs[id as usize];
+        let (from, worker) = (job.worker as usize, job.to as usize);
+        self.workers[from].batcher.release(id);
+        self.workers[from].dirty = true;
         if self.options.as_reference {
             self.jobs[id as usize].worker = worker as u32;
             self.workers[worker].inbound.push_back(id);
@@ -42,22 +40,7 @@ impl Cluster<'_> {
             return self.kick(worker);
         }
         let tokens = self.workload.arrivals[id as usize].input + self.jobs[id as usize].made;
-        if lives {
-            self.left_arriving(worker, tokens);
-        }
-        if self.jobs[id as usize].stage != Stage::Moving {
-            if lives {
-                self.workers[worker].batcher.release(id);
-            }
-            return;
-        }
-        if !lives || !source_lives {
-            if lives {
-                self.workers[worker].batcher.release(id);
-            }
-            self.jobs[id as usize].stage = Stage::Waiting;
-            return self.at(self.now, Event::Again { job: id });
-        }
+        self.left_arriving(worker, tokens);
         let online = u32::from(self.workload.arrivals[id as usize].class == ServiceClass::Online);
         self.workers[from].online = self.workers[from].online.saturating_sub(online);
         self.workers[worker].online += online;
@@ -74,14 +57,6 @@ impl Cluster<'_> {
         }
         self.kick(from);
         self.kick(worker);
-    }
-
-    fn again(&mut self, id: JobId) {
-        if self.jobs[id as usize].stage == Stage::Over {
-            return;
-        }
-        self.jobs[id as usize].stage = Stage::Waiting;
-        self.place(id);
     }
 
     fn report(&mut self, worker: usize) {
@@ -200,7 +175,7 @@ impl Cluster<'_> {
 
     fn fault(&mut self, number: usize) {
         let (_, worker, fault) = self.options.faults[number];
-        if worker >= self.workers.len() {
+        if worker >= self.workers.len() || !self.workers[worker].up {
             return;
         }
         self.log(7, worker as u64, number as u64);
@@ -218,12 +193,11 @@ impl Cluster<'_> {
                 w.reports.clear();
                 w.belief = Default::default();
                 let mut lost = w.batcher.clear();
-                lost.extend(w.inbound.drain(..));
-                w.arriving = (0, 0);
                 w.dirty = true;
-                // Prompts whose prefix is on its way have no entry in the batcher yet.
+                // Prompts whose prefix is on its way, and decodes on theirs, have no entry in the batcher yet.
                 for (id, job) in self.jobs.iter().enumerate() {
-                    if job.stage == Stage::Prefill && job.worker as usize == worker {
+                    let here = job.stage == Stage::Prefill && job.worker as usize == worker;
+                    if here || (job.stage == Stage::Moving && job.to as usize == worker) {
                         lost.push(id as JobId);
                     }
                 }
@@ -243,10 +217,13 @@ impl Cluster<'_> {
 
     fn lost_by_fault(&mut self, id: JobId, worker: usize) {
         let arrival = &self.workload.arrivals[id as usize];
-        let job = &mut self.jobs[id as usize];
-        if job.stage == Stage::Over {
+        if self.jobs[id as usize].stage == Stage::Over {
             return;
         }
+        if self.jobs[id as usize].stage == Stage::Moving {
+            self.stop_moving(id);
+        }
+        let job = &mut self.jobs[id as usize];
         job.attempts += 1;
         if arrival.class == ServiceClass::Offline {
             return self.lose(id, worker);
@@ -256,8 +233,19 @@ impl Cluster<'_> {
             job.last_at = self.now;
             return self.end(id, worker);
         }
-        job.stage = Stage::Waiting;
-        self.at(self.now + DEATH_KNOWN, Event::Again { job: id });
+        self.place_again(id, DEATH_KNOWN);
+    }
+
+    /// Neither end of a move needs its pages any more.
+    fn stop_moving(&mut self, id: JobId) {
+        let job = &self.jobs[id as usize];
+        let (from, to) = (job.worker as usize, job.to as usize);
+        let tokens = self.workload.arrivals[id as usize].input + job.made;
+        self.workers[from].batcher.release(id);
+        self.workers[from].dirty = true;
+        self.workers[to].inbound.retain(|waiting| *waiting != id);
+        self.workers[to].batcher.release(id);
+        self.left_arriving(to, tokens);
     }
 
     fn comes_up(&mut self, worker: usize) {
