@@ -624,14 +624,8 @@ impl<'a> Cluster<'a> {
         let met = job.ok && first <= self.options.first_token && per_token <= self.options.per_token;
         self.sampled.0 += usize::from(met);
         self.sampled.1 += 1;
-        self.outcome.served.push(Served {
-            id,
-            arrived: arrival.at,
-            first,
-            per_token: (arrival.output > 1).then_some(per_token),
-            ended: self.now,
-            met,
-        });
+        let per_token = if arrival.output > 1 { per_token.as_secs_f32() } else { f32::NAN };
+        self.outcome.served.push(Served { id, first: first.as_secs_f32(), per_token, met });
     }
 
     // ------------------------------------------------------------------ the workers

@@ -10,6 +10,7 @@ pub mod options;
 pub mod random;
 pub mod real;
 pub mod report;
+pub mod scenario;
 pub mod search;
 pub mod twin;
 mod worker;
@@ -18,6 +19,7 @@ pub mod workload;
 pub use cluster::Cluster;
 pub use options::{Batching, Fault, Offline, Options, Split};
 pub use report::{Outcome, Run};
+pub use scenario::Scenario;
 pub use workload::{Trace, Workload};
 
 /// Runs a workload through a cluster.

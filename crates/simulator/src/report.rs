@@ -1,25 +1,19 @@
 //! What came of a run.
 
-use std::time::Duration;
-
 use serde_json::{Value, json};
 use tandem_types::{Role, Time};
 
 use crate::options::Batching;
 
-/// An online request that has ended.
+/// An online request that has ended. Small: a day has millions.
 #[derive(Clone, Copy, Debug)]
 pub struct Served {
     /// Its place in the workload.
     pub id: u32,
-    /// When it came.
-    pub arrived: Time,
-    /// Until its first token.
-    pub first: Duration,
-    /// Per further token, on average, if there are any.
-    pub per_token: Option<Duration>,
-    /// When it ended.
-    pub ended: Time,
+    /// Seconds until its first token.
+    pub first: f32,
+    /// Seconds per further token, on average; not a number if there was none.
+    pub per_token: f32,
     /// Whether it met both targets.
     pub met: bool,
 }
@@ -124,13 +118,13 @@ impl Outcome {
 
     /// Times to the first token, of all that ended.
     pub fn first_ms(&self) -> Spread {
-        Spread::of(self.served.iter().map(|served| served.first.as_secs_f64() * 1e3).collect())
+        Spread::of(self.served.iter().map(|served| f64::from(served.first) * 1e3).collect())
     }
 
     /// Times per further token.
     pub fn per_token_ms(&self) -> Spread {
-        let times = self.served.iter().filter_map(|served| served.per_token);
-        Spread::of(times.map(|time| time.as_secs_f64() * 1e3).collect())
+        let times = self.served.iter().map(|served| f64::from(served.per_token) * 1e3);
+        Spread::of(times.filter(|time| !time.is_nan()).collect())
     }
 
     /// Requests per second that met both targets, while requests came.

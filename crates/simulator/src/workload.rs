@@ -145,7 +145,13 @@ impl Trace {
 
     /// All timestamps divided: bursts are squeezed too.
     pub fn squeezed(&self, factor: f64) -> Workload {
-        self.workload(self.rows.iter().map(|r| TraceRow { arrival_ms: r.arrival_ms / factor, ..r.clone() }).collect())
+        self.workload(self.divided(factor).rows)
+    }
+
+    /// The same with all timestamps divided.
+    pub fn divided(&self, factor: f64) -> Trace {
+        let rows = self.rows.iter().map(|r| TraceRow { arrival_ms: r.arrival_ms / factor, ..r.clone() });
+        Trace { rows: rows.collect(), blocks: self.blocks.clone(), timed: self.timed }
     }
 
     /// So many requests per second for so long, with lengths in the order of the rows, begun at a drawn one.
@@ -164,6 +170,25 @@ impl Trace {
                 break;
             }
             rows.push(TraceRow { arrival_ms: at, ..row.clone() });
+        }
+        self.workload(rows)
+    }
+
+    /// As `drawn`, Poisson, with a rate that changes: each entry holds for `step_seconds`.
+    pub fn drawn_by_rates(&self, per_second: &[f64], step_seconds: f64, scale: f64, seed: u64) -> Workload {
+        let mut random = Mersenne::new(seed);
+        let mut lengths = self.rows.iter().cycle();
+        let mut rows = Vec::new();
+        for (step, rate) in per_second.iter().enumerate() {
+            let (begin, mut at) = (step as f64 * step_seconds, 0.0);
+            loop {
+                at += random.exponential((rate * scale).max(1e-9));
+                if at >= step_seconds {
+                    break;
+                }
+                let Some(row) = lengths.next() else { break };
+                rows.push(TraceRow { arrival_ms: (begin + at) * 1e3, ..row.clone() });
+            }
         }
         self.workload(rows)
     }

@@ -4,6 +4,7 @@ mod chat;
 mod http;
 mod loading;
 mod model;
+mod sim;
 mod status;
 mod up;
 mod up_processes;
@@ -20,6 +21,7 @@ Commands:
   up       Start a whole cluster on this machine and print its endpoint
   status   Show the processes of a running cluster
   chat     Talk to a running cluster in the terminal
+  sim      Simulate a cluster under a trace, against every baseline
   router   Run a router alone
   worker   Run a worker alone (--role prefill, decode or mixed)
 
@@ -27,7 +29,7 @@ Commands:
 ";
 
 /// Commands of the design that this version does not have.
-const LATER: &[&str] = &["bench", "sim", "top", "selftest"];
+const LATER: &[&str] = &["bench", "top", "selftest"];
 
 fn main() -> ExitCode {
     let command = std::env::args_os().nth(1).unwrap_or_default().to_string_lossy().into_owned();
@@ -39,6 +41,7 @@ fn main() -> ExitCode {
         "up" => up::main(rest("up")),
         "status" => status::main(rest("status")),
         "chat" => chat::main(rest("chat")),
+        "sim" => sim::main(rest("sim")),
         "router" => tandem_router::process_main(rest("router")),
         "worker" => tandem_worker::process_main(rest("worker"), None),
         "help" | "--help" | "-h" => {
@@ -58,7 +61,7 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
         unknown => {
-            let known = ["up", "status", "chat", "router", "worker", "help"];
+            let known = ["up", "status", "chat", "sim", "router", "worker", "help"];
             let right = tandem_chassis::config::nearest(unknown, known).unwrap_or("help");
             eprintln!("error: there is no command `{unknown}`: did you mean `tandem {right}`?");
             ExitCode::from(2)
