@@ -14,7 +14,6 @@ use tandem_proto::v1::{self, event, from_worker, to_worker};
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN};
 use tandem_types::{Epoch, Incarnation, LeaseId, Role, Time, WorkerId, WorkerState};
 use tokio::sync::{mpsc, watch};
-use tonic::transport::Endpoint;
 
 /// Both ends of a session beat this often.
 const BEAT: Duration = Duration::from_millis(200);
@@ -229,13 +228,7 @@ impl Link {
     async fn connect(
         &self,
     ) -> Result<(tonic::Streaming<v1::FromWorker>, tonic::Streaming<v1::WatchEvent>), String> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
-            .map_err(|e| e.to_string())?
-            .connect_timeout(Duration::from_secs(2))
-            .tcp_nodelay(true)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20);
-        let channel = endpoint.connect().await.map_err(|e| chain(&e))?;
+        let channel = tandem_chassis::grpc::connect(&self.address).await?;
         let mut client = v1::worker_client::WorkerClient::new(channel)
             .max_decoding_message_size(64 << 20)
             .max_encoding_message_size(64 << 20);
@@ -431,17 +424,6 @@ fn apply_report(state: &mut LinkState, router: &str, event: v1::WatchEvent) -> b
         != (state.report.role, state.report.epoch, state.report.draining);
     state.report = report;
     matters
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 /// An attempt that is live on a worker. Dropping it cancels it there.

@@ -206,10 +206,7 @@ impl Workers {
         let registration = self.registration(worker)?;
         let refused = |why: String| WishError::Refused(format!("{worker} cannot be drained: {why}"));
         let ask = async {
-            let endpoint =
-                tonic::transport::Endpoint::from_shared(format!("http://{}", registration.address))
-                    .map_err(|e| e.to_string())?;
-            let channel = endpoint.connect().await.map_err(|e| e.to_string())?;
+            let channel = tandem_chassis::grpc::connect(&registration.address).await?;
             let request = tandem_proto::v1::DrainRequest {
                 worker_incarnation: registration.incarnation.0,
                 remaining_ms: 30_000,
