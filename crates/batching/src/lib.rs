@@ -16,6 +16,7 @@ mod batcher;
 mod plan;
 mod sequence;
 
+pub use apply::Completing;
 pub use batcher::{Batcher, Config, Event};
 pub use plan::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
 pub use sequence::{Origin, SequenceId, SequenceSpec};

@@ -5,7 +5,9 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use tandem_types::{Attempt, ClaimId, LeaseId, PageRef, Sampled, Time, Usage, blocks_for};
+use tandem_types::{
+    Attempt, BLOCK_TOKENS, BlockHash, ClaimId, LeaseId, PageRef, Sampled, Time, Usage, blocks_for,
+};
 
 use crate::pool::{At, Pool};
 use crate::{HoldId, KvCache, Table};
@@ -255,27 +257,76 @@ impl KvCache {
             let taken = list[..blocks as usize].iter();
             pages.push(taken.map(|page| self.pool.add_ref((group as u32, page.page))).collect());
         }
-        let expires = (now + self.config.lease_time_to_live).min(deadline);
+        self.insert_lease(id, pages, tokens, deadline, now);
+        Ok(())
+    }
+
+    /// Lends cached blocks: puts the longest prefix of `hashes` that is here under a lease that is sealed at once
+    /// and belongs to whoever claims it. Returns how many blocks; of none there is no lease.
+    ///
+    /// # Panics
+    /// If the id is in use.
+    pub fn lend(
+        &mut self,
+        id: LeaseId,
+        hashes: &[BlockHash],
+        deadline: Time,
+        now: Time,
+    ) -> Result<u32, GrantError> {
+        let known = u32::try_from(hashes.len()).unwrap_or(u32::MAX).saturating_mul(BLOCK_TOKENS);
+        let blocks = self.cached_prefix(hashes, known.saturating_add(1)) / BLOCK_TOKENS;
+        if blocks == 0 {
+            return Ok(0);
+        }
+        if !self.can_grant(0, blocks) {
+            return Err(GrantError::Cap {
+                leased: self.leases.blocks,
+                cap: self.lease_cap(),
+                wanted: blocks,
+            });
+        }
+        let find = |group: u32, hash: &BlockHash| {
+            let page = self.pool.find(group, *hash).expect("the prefix is cached in every group");
+            (group, page)
+        };
+        let places: Vec<Vec<At>> = (0..self.pool.groups())
+            .map(|group| hashes[..blocks as usize].iter().map(|hash| find(group, hash)).collect())
+            .collect();
+        let pages = places.into_iter().map(|list| list.into_iter().map(|at| self.pool.add_ref(at)).collect());
+        let pages = pages.collect();
+        let tokens = blocks * BLOCK_TOKENS;
+        self.insert_lease(id, pages, tokens, deadline, now);
+        self.seal(id, tokens, FirstTokenBundle::default(), now);
+        Ok(blocks)
+    }
+
+    fn insert_lease(
+        &mut self,
+        id: LeaseId,
+        pages: Vec<Vec<PageRef>>,
+        tokens: u32,
+        deadline: Time,
+        now: Time,
+    ) {
         let lease = Lease {
             pages,
             tokens,
             ready: 0,
             sealed: None,
             deadline,
-            expires,
+            expires: (now + self.config.lease_time_to_live).min(deadline),
             claim: None,
             newest: Attempt(0),
         };
-        self.leases.blocks += blocks;
+        self.leases.blocks += lease.blocks();
         let before = self.leases.live.insert(id, lease);
         assert!(before.is_none(), "lease {id} is granted twice");
-        Ok(())
     }
 
     /// The first `computed` tokens are computed: their full blocks are ready. The last block waits for `seal`.
     pub fn progress(&mut self, id: LeaseId, computed: u32) {
         let Some(lease) = self.leases.live.get_mut(&id) else { return };
-        let whole = (computed / tandem_types::BLOCK_TOKENS).min(lease.blocks());
+        let whole = (computed / BLOCK_TOKENS).min(lease.blocks());
         // A full last block is not written again either, but its bytes go with the seal.
         let ready = whole.min(lease.blocks().saturating_sub(1));
         self.make_ready(id, ready);
@@ -433,7 +484,7 @@ impl KvCache {
         let lease = &self.leases.live[&id];
         let tokens = lease.tokens;
         let bundle = lease.sealed.clone().ok_or(AdoptError::NotSealed)?;
-        if !tokens.is_multiple_of(tandem_types::BLOCK_TOKENS) {
+        if !tokens.is_multiple_of(BLOCK_TOKENS) {
             let shared = lease.pages.iter().enumerate().any(|(group, list)| {
                 let last: At = (group as u32, list.last().expect("a lease has pages").page);
                 self.pool.refs(last) > 1
@@ -479,6 +530,23 @@ impl KvCache {
     /// Leases that stand.
     pub fn lease_count(&self) -> usize {
         self.leases.live.len()
+    }
+
+    /// The pages of a group under the lease that this claim is on; none if it stands no more.
+    pub fn claimed_pages(&self, claim: ClaimId, group: u32) -> &[PageRef] {
+        let lease = self.leases.claims.get(&claim).and_then(|id| self.leases.live.get(id));
+        lease.and_then(|lease| lease.pages.get(group as usize)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The pages under a lease, per group; none if it is over.
+    pub fn lease_pages(&self, id: LeaseId) -> &[Vec<PageRef>] {
+        self.leases.live.get(&id).map_or(&[], |lease| lease.pages.as_slice())
+    }
+
+    /// Takes a block out of the prefix cache, because its bytes are not what they should be. Who uses the page
+    /// keeps it; nobody finds it any more.
+    pub fn forget(&mut self, group: u32, page: u32) {
+        self.pool.forget((group, page));
     }
 
     /// Whether this lease stands.

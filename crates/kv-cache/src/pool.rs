@@ -158,6 +158,18 @@ impl Pool {
         }
     }
 
+    /// This page holds no block that anybody may find.
+    pub(crate) fn forget(&mut self, (group, page): At) {
+        let g = &mut self.groups[group as usize];
+        let Some(p) = g.pages.get_mut(page as usize) else { return };
+        let Some(hash) = p.hash.take() else { return };
+        g.index.remove(&hash);
+        if p.refs == 0 {
+            g.idle.remove(&p.stamp);
+            g.free.push(page);
+        }
+    }
+
     pub(crate) fn hold(&mut self, pages: impl Iterator<Item = At>) -> HoldId {
         let pages: Vec<At> = pages
             .inspect(|&at| {

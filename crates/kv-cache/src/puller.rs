@@ -36,8 +36,12 @@ pub enum PullEvent {
         /// The first token.
         bundle: FirstTokenBundle,
     },
-    /// Every byte of this pull has arrived.
+    /// Every byte of this pull has arrived; nobody has checked them.
     Arrived(u64),
+    /// Every byte of this pull has arrived and is what the owner computed: checksums match.
+    Verified(u64),
+    /// Every byte of this pull has arrived, and some are not what the owner computed.
+    Corrupt(u64),
     /// This pull has failed; its destination may be written no more.
     Broken(u64, String),
     /// The owner's word.
@@ -92,6 +96,8 @@ pub enum GiveUp {
     Lost(String),
     /// Bytes did not arrive.
     Transfer(String),
+    /// Bytes of these blocks came wrong twice: they are wrong at the owner, or the way there is bad.
+    Corrupt(Range<u32>),
     /// The owner could not be reached at all.
     OwnerUnreachable(String),
     /// The request's deadline has passed.
@@ -105,6 +111,14 @@ enum State {
     Over,
 }
 
+/// A pull under way.
+#[derive(Clone, Debug, PartialEq)]
+struct Fetch {
+    blocks: Range<u32>,
+    /// They came wrong before.
+    again: bool,
+}
+
 /// One pull of one lease.
 #[derive(Debug)]
 pub struct Puller {
@@ -115,8 +129,10 @@ pub struct Puller {
     ready: Vec<u32>,
     /// Blocks asked for so far, the skipped ones included.
     asked: u32,
-    under_way: BTreeMap<u64, Range<u32>>,
+    under_way: BTreeMap<u64, Fetch>,
     next_pull: u64,
+    /// All that came so far was verified.
+    verified: bool,
     sealed: Option<(u32, FirstTokenBundle)>,
     actions: VecDeque<PullAction>,
 }
@@ -133,6 +149,7 @@ impl Puller {
             asked: skip,
             under_way: BTreeMap::new(),
             next_pull: 1,
+            verified: true,
             sealed: None,
             actions: VecDeque::new(),
         }
@@ -155,7 +172,17 @@ impl Puller {
             }
             PullEvent::Sealed { tokens, bundle } => self.sealed = Some((tokens, bundle)),
             PullEvent::Arrived(id) => {
+                self.verified &= self.under_way.remove(&id).is_none();
+            }
+            PullEvent::Verified(id) => {
                 self.under_way.remove(&id);
+            }
+            PullEvent::Corrupt(id) => {
+                let Some(Fetch { blocks, again }) = self.under_way.remove(&id) else { return };
+                if again {
+                    return self.give_up(GiveUp::Corrupt(blocks));
+                }
+                self.fetch(Fetch { blocks, again: true });
             }
             PullEvent::Broken(id, why) => {
                 self.under_way.remove(&id);
@@ -169,13 +196,18 @@ impl Puller {
                     (Verdict::Superseded, _) => self.give_up(GiveUp::Superseded),
                 };
             }
+            // The owner has died after the seal: checksums that match stand in for its word, for they say that
+            // these are the bytes it computed.
+            PullEvent::NoVerdict(_) if self.state == State::Confirming && self.verified => {
+                return self.deliver();
+            }
             PullEvent::NoVerdict(why) => return self.give_up(GiveUp::Lost(format!("no verdict: {why}"))),
             PullEvent::Done => return self.give_up(GiveUp::Done),
             PullEvent::Superseded => return self.give_up(GiveUp::Superseded),
             PullEvent::Lost(why) => return self.give_up(GiveUp::Lost(why)),
             PullEvent::StreamClosed(why) => {
-                // While the verdict is on its way the stream has done its service.
-                if self.state == State::Confirming {
+                // Once everything is announced the stream has done its service.
+                if self.sealed.is_some() {
                     return;
                 }
                 let unreachable = self.claim.is_none();
@@ -199,16 +231,21 @@ impl Puller {
         let ready = self.ready.iter().copied().min().expect("there is a group");
         while self.asked < ready && self.under_way.len() < PULLS_MAX {
             let blocks = self.asked..ready.min(self.asked + BATCH_BLOCKS);
-            let id = self.next_pull;
-            self.next_pull += 1;
             self.asked = blocks.end;
-            self.under_way.insert(id, blocks.clone());
-            self.actions.push_back(PullAction::Pull { id, claim, blocks });
+            self.fetch(Fetch { blocks, again: false });
         }
         if self.sealed.is_some() && self.asked == self.blocks && self.under_way.is_empty() {
             self.state = State::Confirming;
             self.actions.push_back(PullAction::AskVerdict(claim));
         }
+    }
+
+    fn fetch(&mut self, fetch: Fetch) {
+        let claim = self.claim.expect("nothing is fetched before the claim stands");
+        let id = self.next_pull;
+        self.next_pull += 1;
+        self.actions.push_back(PullAction::Pull { id, claim, blocks: fetch.blocks.clone() });
+        self.under_way.insert(id, fetch);
     }
 
     fn deliver(&mut self) {
@@ -226,6 +263,11 @@ impl Puller {
     /// The next thing to do.
     pub fn next_action(&mut self) -> Option<PullAction> {
         self.actions.pop_front()
+    }
+
+    /// Blocks for which a pull has been ordered, those that were here already included.
+    pub fn asked(&self) -> u32 {
+        self.asked
     }
 
     /// Whether it has ended.

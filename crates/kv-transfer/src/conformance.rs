@@ -172,6 +172,7 @@ fn pull(ranges: &[(u64, u64)], local: &Arc<Region>) -> Pull {
         remote: ranges.iter().map(|&(offset, len)| ByteRange { offset, len }).collect(),
         local: local.clone(),
         local_offsets: ranges.iter().map(|&(offset, _)| offset).collect(),
+        checksums: false,
         deadline: soon(),
     }
 }

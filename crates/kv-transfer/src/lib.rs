@@ -4,6 +4,7 @@
 //! the buffers be reused), nothing is written after the second one says so, every wait has a deadline, and no
 //! byte leaves a region but through its owner's gate.
 
+mod checksum;
 pub mod conformance;
 mod inproc;
 mod tcp;
@@ -17,6 +18,8 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
+
+pub use checksum::checksum;
 
 /// Bytes of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +87,8 @@ pub struct Pull {
     /// Where in it, one per remote range; no two places overlap. The caller owns these bytes until the
     /// completion says that they may be reused.
     pub local_offsets: Vec<u64>,
+    /// Whether to take the checksum of what arrived, range by range.
+    pub checksums: bool,
     /// When to give up.
     pub deadline: Time,
 }
@@ -93,6 +98,8 @@ pub struct Pull {
 pub struct Completion {
     /// Did every byte arrive? How many, or why not.
     pub bytes: Result<u64, PullError>,
+    /// Checksums of the bytes that arrived, one per range; empty if nobody asked for them, or bytes are missing.
+    pub checksums: Vec<u64>,
     /// May the local bytes be reused?
     pub buffers: Buffers,
 }
@@ -248,6 +255,20 @@ pub async fn connect_best(
         refusals.push(format!("allowed here: {allowed}; offered there: {}", offered.join(", ")));
     }
     Err(Error::NoWay(refusals.join("; ")))
+}
+
+/// Checksums of what a pull has brought, if it is to take them.
+///
+/// # Safety
+/// Every byte of the pull is here and nobody writes to its destination any more.
+unsafe fn sum_up(pull: &Pull) -> Vec<u64> {
+    if !pull.checksums {
+        return Vec::new();
+    }
+    let places = pull.remote.iter().zip(&pull.local_offsets);
+    // SAFETY: inside the region, as `check` has seen; unwritten, as the caller promises.
+    let bytes = places.map(|(range, &local)| unsafe { pull.local.slice(local as usize, range.len as usize) });
+    bytes.map(checksum).collect()
 }
 
 /// Checks that a pull is inside both regions and that its places are apart. Returns its bytes.

@@ -107,6 +107,7 @@ proptest! {
                     remote: batch.iter().map(|(range, ..)| *range).collect(),
                     local: local.clone(),
                     local_offsets: batch.iter().map(|(_, place, _)| *place).collect(),
+                    checksums: true,
                     deadline: soon(),
                 };
                 let mut expected: Vec<u8> = (0..BYTES as usize).map(|i| !(i as u8)).collect();

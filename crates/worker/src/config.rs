@@ -64,6 +64,9 @@ pub struct WorkerConfig {
     /// How KV travels: auto, or the name of one transport
     #[arg(long, default_value = "auto")]
     pub transport: String,
+    /// Whether every page carries a checksum that its puller compares: on or off
+    #[arg(long, default_value = "on")]
+    pub checksums: Switch,
     /// Whether the numerics class of both ends of a hand-off must be equal: strict
     #[arg(long, default_value = "strict")]
     pub numerics: Numerics,
@@ -126,6 +129,29 @@ impl WorkerConfig {
             ));
         }
         Ok(())
+    }
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    /// It is done.
+    #[default]
+    On,
+    /// It is not.
+    Off,
+}
+
+impl std::str::FromStr for Switch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Switch, String> {
+        match text {
+            "on" => Ok(Switch::On),
+            "off" => Ok(Switch::Off),
+            _ => Err(format!("{text:?} is neither on nor off")),
+        }
     }
 }
 

@@ -7,6 +7,7 @@
 mod admin;
 mod config;
 mod core;
+mod fetch;
 mod lender;
 mod metrics;
 mod pages;
@@ -34,7 +35,7 @@ use tandem_proto::v1::worker_server::WorkerServer;
 use tandem_types::{BLOCK_TOKENS, Epoch, Incarnation, WorkerId, WorkerState};
 use tokio::net::TcpListener;
 
-pub use config::{Numerics, WorkerConfig};
+pub use config::{Numerics, Switch, WorkerConfig};
 pub use process::process_main;
 
 /// What a worker's options are made of, for services that fill them in.
@@ -173,10 +174,11 @@ pub async fn start(
     let core = Core::new(constants, config.role, kv, batcher, Box::new(seam::random_u128));
     let metrics = Arc::new(metrics::Metrics::new(&facts, &model));
     let pages = pages::PageMap::of(&*engine);
+    let checksums = config.checksums == Switch::On;
 
     let stopped = Arc::new(AtomicBool::new(false));
     let (step_thread, shared, pull_commands) =
-        start_step_loop(&id, core, metrics, engine, config.fake.as_ref(), stopped.clone());
+        start_step_loop(&id, core, metrics, engine, &config, stopped.clone());
     gate.fill(lender::LeaseGate { shared: shared.clone(), pages: pages.clone() });
 
     let identity = Arc::new(Identity {
@@ -187,9 +189,12 @@ pub async fn start(
         threads,
     });
     let tasks = Arc::new(Tasks::new());
-    let pulls = pull::Pulls::new(shared.clone(), region, pages, config.transport.clone());
+    let pulls =
+        pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), config.transport.clone(), checksums);
     tasks.spawn(pulls.run(pull_commands, shutdown.clone()));
-    serve_grpc(grpc, &shared, &identity, &tasks, &shutdown);
+    let lender_service =
+        lender::LenderService { shared: shared.clone(), tasks: tasks.clone(), region, pages };
+    serve_grpc(grpc, &shared, &identity, &tasks, lender_service, &shutdown);
     let subject = Arc::new(admin::WorkerSubject {
         shared: shared.clone(),
         identity: identity.clone(),
@@ -324,7 +329,7 @@ fn start_step_loop(
     core: Core,
     metrics: Arc<metrics::Metrics>,
     engine: Box<dyn Engine>,
-    fake: Option<&tandem_engine::fake::FakeSpec>,
+    config: &WorkerConfig,
     stopped: Arc<AtomicBool>,
 ) -> StepThread {
     let (send, receive) = std::sync::mpsc::channel::<step_loop::StepLoop>();
@@ -334,9 +339,10 @@ fn start_step_loop(
         }
     });
     let parked = thread.thread().clone();
-    let refuses = fake.map(shared::Refuses::new);
+    let refuses = config.fake.as_ref().map(shared::Refuses::new);
+    let checksums = config.checksums == Switch::On;
     let (shared, pulls) = Shared::new(core, metrics, refuses, Box::new(move || parked.unpark()));
-    let _ = send.send(step_loop::StepLoop::new(shared.clone(), engine));
+    let _ = send.send(step_loop::StepLoop::new(shared.clone(), engine, checksums));
     (thread, shared, pulls)
 }
 
@@ -345,6 +351,7 @@ fn serve_grpc(
     shared: &Arc<Shared>,
     identity: &Arc<Identity>,
     tasks: &Arc<Tasks>,
+    lender: lender::LenderService,
     shutdown: &Shutdown,
 ) {
     let drain = shutdown.clone();
@@ -354,7 +361,6 @@ fn serve_grpc(
         tasks: tasks.clone(),
         shutdown: drain,
     };
-    let lender = lender::LenderService { shared: shared.clone(), tasks: tasks.clone() };
     let stop = shutdown.clone();
     let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
     let server = tonic::transport::Server::builder()

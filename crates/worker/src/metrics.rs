@@ -30,6 +30,10 @@ pub(crate) struct Metrics {
     transfer_bytes: IntCounterVec,
     transfer_seconds: HistogramVec,
     transfer_failures: IntCounterVec,
+    exposed_seconds: HistogramVec,
+    exposed_bytes: IntCounterVec,
+    corrupt: IntCounterVec,
+    borrowed: IntCounterVec,
     role_switches: IntCounterVec,
 }
 
@@ -105,6 +109,33 @@ impl Metrics {
                 "hand-offs that were not taken over",
                 &["reason"],
             ),
+            exposed_seconds: ours.histogram(
+                "tandem_kv_transfer_exposed_seconds",
+                "of a hand-off, from its seal to the verdict: what prefill does not hide",
+                &["transport"],
+                metrics::STEP_SECONDS,
+            ),
+            exposed_bytes: ours.counter(
+                "tandem_kv_transfer_exposed_bytes_total",
+                "bytes of KV pulled after the seal",
+                &["transport"],
+            ),
+            corrupt: {
+                let corrupt = ours.counter(
+                    "tandem_kv_corrupt_total",
+                    "checksums that did not match: of a pull (transfer), or of a page in this pool (pool)",
+                    &["where"],
+                );
+                for place in ["transfer", "pool"] {
+                    corrupt.with_label_values(&[place]);
+                }
+                corrupt
+            },
+            borrowed: ours.counter(
+                "tandem_prefix_borrowed_tokens_total",
+                "prompt tokens taken from other workers' prefix caches",
+                &[],
+            ),
             role_switches: ours.counter("tandem_role_switches_total", "role changes", &["from", "to"]),
             registry,
         }
@@ -153,6 +184,22 @@ impl Metrics {
     pub(crate) fn observe_transfer(&self, transport: &str, bytes: u64, took: Duration) {
         self.transfer_bytes.with_label_values(&[transport, "in"]).inc_by(bytes);
         self.transfer_seconds.with_label_values(&[transport]).observe(took.as_secs_f64());
+    }
+
+    /// A hand-off was taken over so long after its seal, with so many bytes of it pulled by then.
+    pub(crate) fn observe_exposed(&self, transport: &str, bytes: u64, took: Duration) {
+        self.exposed_bytes.with_label_values(&[transport]).inc_by(bytes);
+        self.exposed_seconds.with_label_values(&[transport]).observe(took.as_secs_f64());
+    }
+
+    /// Checksums did not match.
+    pub(crate) fn observe_corrupt(&self, place: &str, count: u64) {
+        self.corrupt.with_label_values(&[place]).inc_by(count);
+    }
+
+    /// A prefix came from another worker's cache.
+    pub(crate) fn observe_borrowed(&self, tokens: u32) {
+        self.borrowed.with_label_values::<&str>(&[]).inc_by(u64::from(tokens));
     }
 
     pub(crate) fn observe_transfer_failure(&self, reason: &str) {

@@ -193,6 +193,7 @@ impl Shared {
                         inner.sessions.remove(&session);
                     }
                     Output::Stage(change) => inner.spans.change(*change),
+                    Output::Transferred { sequence, transfer } => inner.spans.transferred(sequence, transfer),
                     Output::Left(report) => {
                         inner.spans.left(&report);
                         self.metrics.observe_leg(&report);

@@ -3,8 +3,11 @@
 use std::sync::Arc;
 
 use tandem_engine::Engine;
-use tandem_types::Time;
+use tandem_kv_transfer::checksum;
+use tandem_types::{BLOCK_TOKENS, Time};
 
+use crate::core::{CompletedPage, Core, PageSum};
+use crate::pages::PageMap;
 use crate::shared::Shared;
 
 /// Between two checks of the books.
@@ -26,6 +29,8 @@ pub(crate) struct StepLoop {
     shared: Arc<Shared>,
     engine: Box<dyn Engine>,
     depth: usize,
+    pages: PageMap,
+    checksums: bool,
     /// When the last plan was submitted.
     submitted: Time,
     /// When the books were last checked.
@@ -33,9 +38,10 @@ pub(crate) struct StepLoop {
 }
 
 impl StepLoop {
-    pub(crate) fn new(shared: Arc<Shared>, engine: Box<dyn Engine>) -> StepLoop {
+    pub(crate) fn new(shared: Arc<Shared>, engine: Box<dyn Engine>, checksums: bool) -> StepLoop {
         let depth = engine.facts().depth as usize;
-        StepLoop { shared, engine, depth, submitted: Time::ZERO, checked: Time::ZERO }
+        let pages = PageMap::of(&*engine);
+        StepLoop { shared, engine, depth, pages, checksums, submitted: Time::ZERO, checked: Time::ZERO }
     }
 
     /// One turn, whole: take what the device has finished, then give it the next step.
@@ -43,16 +49,14 @@ impl StepLoop {
         while let Some(result) = self.engine.collect(now) {
             self.shared.progress.end();
             if let Ok(outcome) = &result {
+                let prompt: u32 = outcome.rows.iter().map(|row| row.count).filter(|&count| count > 1).sum();
+                self.shared.step(|core, _| core.costs().computed(prompt, now.since(self.submitted)));
                 let drawn = outcome.rows.iter().filter(|row| row.sampled.is_some()).count();
                 self.shared.metrics.observe_step(now.since(self.submitted), drawn);
             }
-            let engine = &mut self.engine;
+            let sums = if result.is_ok() { self.complete_pages() } else { Vec::new() };
             self.shared.step(|core, now| match result {
-                Ok(outcome) => {
-                    core.collected(outcome, now, &mut |group, page, rows| {
-                        engine.zero_tail(group, page, rows)
-                    });
-                }
+                Ok(outcome) => core.collected(outcome, &sums, now),
                 Err(error) => {
                     tracing::error!(%error, "engine step failed");
                     core.step_failed(error.plan, now);
@@ -82,6 +86,26 @@ impl StepLoop {
             }
             core.next_deadline().map_or(Turn::Idle, Turn::Until)
         })
+    }
+
+    /// Zeroes tails and takes checksums of what the step has completed. Not under the lock: pages are large.
+    fn complete_pages(&mut self) -> Vec<PageSum> {
+        let completed = self.shared.look(Core::completing);
+        for page in completed.iter().filter(|page| page.rows < BLOCK_TOKENS) {
+            self.engine.zero_tail(page.group, page.page, page.rows);
+        }
+        if !self.checksums {
+            return Vec::new();
+        }
+        let region = self.engine.kv_region();
+        let sum = |page: CompletedPage| {
+            let place = self.pages.place(page.group, page.page);
+            // SAFETY: the step that wrote the page is collected, and the plan that named it keeps it from any
+            // other use until `collected`.
+            let bytes = unsafe { region.slice(place.offset as usize, place.len as usize) };
+            PageSum { group: page.group, page: page.page, checksum: checksum(bytes) }
+        };
+        completed.into_iter().map(sum).collect()
     }
 
     /// When the device will be done with its oldest step: `None` if `collect` itself waits or is ready.

@@ -81,7 +81,8 @@ fn request(count: u32, left: u32, ranges: &[(u64, u64)]) -> Vec<u8> {
 async fn pull_a_little(peer: &dyn Peer) -> Completion {
     let local = Arc::new(Region::anonymous(100).unwrap());
     let remote = vec![ByteRange { offset: 5, len: 100 }];
-    peer.pull(Pull { claim: ClaimId(1), remote, local, local_offsets: vec![0], deadline: soon() }).await
+    let (claim, local_offsets) = (ClaimId(1), vec![0]);
+    peer.pull(Pull { claim, remote, local, local_offsets, checksums: false, deadline: soon() }).await
 }
 
 #[tokio::test]

@@ -5,8 +5,9 @@ use tandem_kv_cache::{FirstTokenBundle, HashChain};
 use tandem_proto::v1;
 use tandem_types::{BLOCK_TOKENS, Time};
 
-use super::legs::{Finish, PullOrder, Stage, StageName};
-use super::{Core, Output};
+use super::legs::{Finish, PullOrder, PullSource, Purpose, Stage, StageName};
+use super::whole::PageSum;
+use super::{Core, Output, Transfer};
 
 /// Why a pull brought nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,6 +20,8 @@ pub enum PullFailure {
     Incompatible(String),
     /// Bytes did not arrive.
     Transfer(String),
+    /// Bytes came wrong, twice.
+    Corrupt(String),
     /// The lease is over.
     Lost(String),
     /// A newer attempt holds it.
@@ -33,6 +36,7 @@ impl PullFailure {
             PullFailure::Unreachable(_) => "unreachable",
             PullFailure::Incompatible(_) => "incompatible",
             PullFailure::Transfer(_) => "transfer",
+            PullFailure::Corrupt(_) => "corrupt",
             PullFailure::Lost(_) => "lost",
             PullFailure::Superseded => "superseded",
         }
@@ -53,7 +57,7 @@ impl Core {
             // One more token than the prompt: the first one's KV goes there in the first decode step.
             let Ok((table, cached)) = self.kv.open(chain.hashes(), tokens, tokens + 1, now) else { return };
             let attempt = *after;
-            let handle = (**handle).clone();
+            let source = PullSource::Handle((**handle).clone());
             self.waiting_pulls.pop_front();
             let Stage::WaitingForRoom { spec, .. } = std::mem::replace(&mut leg.stage, Stage::Running) else {
                 unreachable!("matched above");
@@ -61,7 +65,7 @@ impl Core {
             let local = (0..self.constants.groups).map(|g| table.pages(g).to_vec()).collect();
             let order = PullOrder {
                 sequence: id,
-                handle,
+                source,
                 attempt,
                 local,
                 skip_blocks: cached / BLOCK_TOKENS,
@@ -69,17 +73,39 @@ impl Core {
                 traceparent: leg.traceparent.clone(),
                 request_name: leg.request_name.clone(),
             };
-            leg.stage = Stage::Pulling { spec, table };
+            leg.stage = Stage::Pulling { spec, table, purpose: Purpose::TakeOver };
             self.enter(id, StageName::Transfer);
             self.output.push(Output::Pull(Box::new(order)));
         }
     }
 
+    /// A pull has moved so much, and `pull_done` follows.
+    pub fn note_transfer(&mut self, id: SequenceId, transfer: Transfer) {
+        self.costs.pulled(transfer.bytes, transfer.busy);
+        self.output.push(Output::Transferred { sequence: id, transfer });
+    }
+
     /// Every byte is here and the owner says they are good.
-    pub fn pull_done(&mut self, id: SequenceId, tokens: u32, bundle: FirstTokenBundle, now: Time) {
+    ///
+    /// `sums` are the checksums of the pages that came, as their owner took them.
+    pub fn pull_done(
+        &mut self,
+        id: SequenceId,
+        tokens: u32,
+        bundle: FirstTokenBundle,
+        sums: Vec<PageSum>,
+        now: Time,
+    ) {
         let Some(leg) = self.legs.get_mut(&id) else { return };
         match std::mem::replace(&mut leg.stage, Stage::Running) {
-            Stage::Pulling { spec, table } => self.take_over(id, *spec, table, tokens, Some(bundle), now),
+            Stage::Pulling { spec, table, purpose: Purpose::TakeOver } => {
+                self.note_sums(sums);
+                self.take_over(id, *spec, table, tokens, Some(bundle), now);
+            }
+            Stage::Pulling { spec, table, purpose: Purpose::Borrow { computed } } => {
+                self.note_sums(sums);
+                self.go_on_computing(id, *spec, table, computed.max(tokens), now);
+            }
             Stage::Stopping { table } => {
                 self.kv.close(table, now);
                 leg.stage = Stage::HandedOff;
@@ -94,6 +120,11 @@ impl Core {
     pub fn pull_failed(&mut self, id: SequenceId, failure: PullFailure, now: Time) {
         let Some(leg) = self.legs.get_mut(&id) else { return };
         let finish = match std::mem::replace(&mut leg.stage, Stage::HandedOff) {
+            // Computing is always possible.
+            Stage::Pulling { spec, table, purpose: Purpose::Borrow { computed } } => {
+                self.go_on_computing(id, *spec, table, computed, now);
+                return self.settle(now);
+            }
             Stage::Pulling { table, .. } => {
                 self.kv.close(table, now);
                 finish_of(failure)
@@ -119,6 +150,7 @@ fn finish_of(failure: PullFailure) -> Finish {
         PullFailure::Unreachable(message) => Finish::Refused(RefuseReason::Unreachable, message),
         PullFailure::Incompatible(message) => Finish::Refused(RefuseReason::Incompatible, message),
         PullFailure::Transfer(message) => Finish::Failed(FailReason::Transfer, message),
+        PullFailure::Corrupt(message) => Finish::Failed(FailReason::Corrupt, message),
         PullFailure::Lost(message) => Finish::Failed(FailReason::LeaseLost, message),
         PullFailure::Superseded => {
             Finish::Failed(FailReason::Superseded, "a newer attempt holds the lease".into())
