@@ -9,6 +9,7 @@ use tandem_types::{
     Attempt, BLOCK_TOKENS, BlockHash, ClaimId, LeaseId, PageRef, Sampled, Time, Usage, blocks_for,
 };
 
+use crate::mistake::Mistake;
 use crate::pool::{At, Pool};
 use crate::{HoldId, KvCache, Table};
 
@@ -22,7 +23,7 @@ pub struct FirstTokenBundle {
 }
 
 /// The owner's word on a pull.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// The lease held throughout, on unchanged pages: the bytes are good.
     Held,
@@ -163,6 +164,7 @@ pub struct Adopted {
 }
 
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone, Hash))]
 struct Lease {
     pages: Vec<Vec<PageRef>>,
     tokens: u32,
@@ -182,6 +184,7 @@ impl Lease {
 }
 
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone, Hash))]
 struct Remembered {
     /// Who got `Held`.
     held: Option<ClaimId>,
@@ -190,6 +193,7 @@ struct Remembered {
 
 /// All leases of a worker.
 #[derive(Debug, Default)]
+#[cfg_attr(feature = "model", derive(Clone))]
 pub(crate) struct Leases {
     live: BTreeMap<LeaseId, Lease>,
     claims: HashMap<ClaimId, LeaseId>,
@@ -200,6 +204,11 @@ pub(crate) struct Leases {
 }
 
 impl Leases {
+    #[cfg(feature = "model")]
+    pub(crate) fn ids(&self) -> impl Iterator<Item = LeaseId> + '_ {
+        self.live.keys().copied()
+    }
+
     pub(crate) fn check_books(&self, pool: &Pool) {
         let blocks: u32 = self.live.values().map(Lease::blocks).sum();
         assert_eq!(blocks, self.blocks, "the leased blocks are not those of the leases");
@@ -384,6 +393,7 @@ impl KvCache {
             }
         }
         let held = (why == EndedWhy::Pulled).then_some(lease.claim).flatten();
+        let held = held.filter(|_| !self.mistaken.makes(Mistake::VerdictForgotten));
         let until = now + self.config.lease_time_to_live;
         self.leases.over.insert(id, Remembered { held, until });
         self.leases.effects.push(Effect::Ended { lease: id, why });
@@ -438,6 +448,9 @@ impl KvCache {
     /// Somebody still wants the lease. Nothing renews it past the request's deadline.
     pub fn renew_lease(&mut self, id: LeaseId, now: Time) {
         if let Some(lease) = self.leases.live.get_mut(&id) {
+            if self.mistaken.makes(Mistake::RenewalPastDeadline) {
+                lease.deadline = Time::MAX;
+            }
             lease.expires = (now + self.config.lease_time_to_live).min(lease.deadline).max(lease.expires);
         }
     }
@@ -457,6 +470,10 @@ impl KvCache {
             return if complete && held == Some(claim) { Verdict::Held } else { Verdict::Lost };
         };
         if lease.claim != Some(claim) {
+            if complete && lease.claim.is_some() && self.mistaken.makes(Mistake::FreeAtSupersededEnd) {
+                self.end_lease(id, EndedWhy::Cancelled, now);
+                return Verdict::Superseded;
+            }
             return if lease.claim.is_some() { Verdict::Superseded } else { Verdict::Lost };
         }
         if !complete {
@@ -468,6 +485,7 @@ impl KvCache {
             .iter()
             .enumerate()
             .all(|(group, list)| list.iter().all(|&page| self.pool.is_current(group as u32, page)));
+        let unchanged = unchanged || self.mistaken.makes(Mistake::NoGenerationCheck);
         if lease.sealed.is_none() || !unchanged || lease.expires <= now {
             return Verdict::Lost;
         }
@@ -502,8 +520,10 @@ impl KvCache {
     pub fn begin_read(&mut self, claim: ClaimId, pages: &[(u32, u32)]) -> Result<HoldId, ReadError> {
         let id = self.leases.claims.get(&claim).ok_or(ReadError::NoClaim)?;
         let lease = &self.leases.live[id];
+        let anything = self.mistaken.makes(Mistake::ReadingBeforeReady);
+        let ready = if anything { lease.blocks() } else { lease.ready };
         for &(group, page) in pages {
-            let list = lease.pages.get(group as usize).map_or(&[][..], |list| &list[..lease.ready as usize]);
+            let list = lease.pages.get(group as usize).map_or(&[][..], |list| &list[..ready as usize]);
             if !list.iter().any(|ready| ready.page == page) {
                 return Err(ReadError::NotReady { group, page });
             }
@@ -564,5 +584,22 @@ impl Default for Verdict {
     /// Without a word from the owner, bytes are not used.
     fn default() -> Self {
         Verdict::Lost
+    }
+}
+
+/// Claims are those of the leases, so they say nothing more.
+#[cfg(feature = "model")]
+impl std::hash::Hash for Leases {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.live.hash(state);
+        self.over.hash(state);
+        assert!(self.effects.is_empty(), "effects are taken before anybody looks");
+    }
+}
+
+#[cfg(feature = "model")]
+impl std::hash::Hash for FirstTokenBundle {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.sampled.token.hash(state);
     }
 }

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use tandem_types::ClaimId;
 
+use crate::mistake::{Mistake, Mistaken};
 use crate::{FirstTokenBundle, Verdict};
 
 /// Blocks of one pull at most: a batch is one request, and several may be under way.
@@ -105,6 +106,7 @@ pub enum GiveUp {
 }
 
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "model", derive(Hash))]
 enum State {
     Pulling,
     Confirming,
@@ -113,6 +115,7 @@ enum State {
 
 /// A pull under way.
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "model", derive(Hash))]
 struct Fetch {
     blocks: Range<u32>,
     /// They came wrong before.
@@ -121,6 +124,7 @@ struct Fetch {
 
 /// One pull of one lease.
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone))]
 pub struct Puller {
     state: State,
     blocks: u32,
@@ -135,6 +139,7 @@ pub struct Puller {
     verified: bool,
     sealed: Option<(u32, FirstTokenBundle)>,
     actions: VecDeque<PullAction>,
+    mistaken: Mistaken,
 }
 
 impl Puller {
@@ -152,6 +157,7 @@ impl Puller {
             verified: true,
             sealed: None,
             actions: VecDeque::new(),
+            mistaken: Mistaken::default(),
         }
     }
 
@@ -228,7 +234,10 @@ impl Puller {
         if self.state != State::Pulling {
             return;
         }
-        let ready = self.ready.iter().copied().min().expect("there is a group");
+        let mut ready = self.ready.iter().copied().min().expect("there is a group");
+        if self.mistaken.makes(Mistake::ReadingBeforeReady) {
+            ready = self.blocks;
+        }
         while self.asked < ready && self.under_way.len() < PULLS_MAX {
             let blocks = self.asked..ready.min(self.asked + BATCH_BLOCKS);
             self.asked = blocks.end;
@@ -273,5 +282,22 @@ impl Puller {
     /// Whether it has ended.
     pub fn is_over(&self) -> bool {
         self.state == State::Over
+    }
+}
+
+#[cfg(feature = "model")]
+impl Puller {
+    /// Makes this mistake from now on.
+    pub fn make(&mut self, mistake: Mistake) {
+        self.mistaken = Mistaken::from(mistake);
+    }
+}
+
+#[cfg(feature = "model")]
+impl std::hash::Hash for Puller {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        (&self.state, self.claim, &self.ready, self.asked).hash(state);
+        (&self.under_way, self.next_pull, self.verified, &self.sealed).hash(state);
+        assert!(self.actions.is_empty(), "actions are taken before anybody looks");
     }
 }

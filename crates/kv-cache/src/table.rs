@@ -16,6 +16,7 @@ pub struct Full {
 
 /// A sequence's pages, one list per group, a page per block. Goes back with [`KvCache::close`].
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone, Hash))]
 #[must_use = "a table's pages are in use until it is closed"]
 pub struct Table {
     pub(crate) groups: Vec<Vec<PageRef>>,
