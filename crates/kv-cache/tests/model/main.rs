@@ -72,7 +72,7 @@ fn probe() {
         second: match std::env::var("SECOND").as_deref() { Ok("handoff") => Second::HandOff, Ok("borrow") => Second::Borrow, _ => Second::Nothing },
         faults: std::env::var("FAULTS").map_or(0, |f| f.parse().unwrap()),
         flips: 0,
-        attempts: 4,
+        attempts: std::env::var("ATT").map_or([4, 2], |a| [a[..1].parse().unwrap(), a[1..].parse().unwrap()]),
         cancels: true,
         overlap: true,
         adopts: false,

@@ -19,7 +19,6 @@ pub enum Action {
     // Sessions, in order.
     OwnerReads,
     DecoderReads(usize),
-    RouterReads(usize),
     // The owner.
     Admit(usize),
     Submit(usize),
@@ -42,7 +41,6 @@ pub enum Action {
     ReadFails(usize),
     // Verdicts and loans.
     Judge(usize),
-    Answer(usize, Key),
     LendOut(usize),
     Lent(usize),
     Late(usize, Key),
@@ -60,7 +58,7 @@ pub enum Action {
     LoseEnd(usize),
     DelayEnd(usize),
     DoubleEnd(usize),
-    LoseReply(usize, Key),
+    LoseReply(usize),
     LoseLend(usize),
     DoubleLend(usize),
     LoseLent(usize),
@@ -93,7 +91,7 @@ impl Action {
                 | LoseEnd(_)
                 | DelayEnd(_)
                 | DoubleEnd(_)
-                | LoseReply(..)
+                | LoseReply(_)
                 | LoseLend(_)
                 | DoubleLend(_)
                 | LoseLent(_)
@@ -118,9 +116,6 @@ impl State {
         for decoder in 0..2 {
             if !self.to_decoder[decoder].is_empty() {
                 actions.push(Action::DecoderReads(decoder));
-            }
-            if !self.from_decoder[decoder].is_empty() {
-                actions.push(Action::RouterReads(decoder));
             }
         }
         self.owner_may(&mut actions);
@@ -153,9 +148,6 @@ impl State {
         actions.extend((0..self.lent.len()).map(Action::Lent));
         for decoder in 0..2 {
             for leg in &self.decoders[decoder].legs {
-                if leg.reply.is_some() {
-                    actions.push(Action::Answer(decoder, leg.key));
-                }
                 if self.now >= DEADLINE {
                     actions.push(Action::Late(decoder, leg.key));
                 }
@@ -175,21 +167,22 @@ impl State {
             if request.ended.is_some() || !turn {
                 continue;
             }
-            if self.now >= DEADLINE || request.attempt == bounds.attempts && request.decode.is_none() {
+            if self.now >= DEADLINE || request.attempt == bounds.attempts[at as usize] && request.decode.is_none() {
                 let waits = request.prefill.is_some() && request.handle.is_none() && self.now < DEADLINE;
                 if !waits {
                     actions.push(Action::GiveUp(at));
                     continue;
                 }
             }
-            if request.decode.is_some() || request.attempt == bounds.attempts {
+            if request.decode.is_some() || request.attempt == bounds.attempts[at as usize] {
                 continue;
             }
             if request.prefill.is_none() {
                 actions.push(Action::Place(at));
             } else if request.handle.is_some() && (bounds.overlap || request.first_token) {
                 actions.push(Action::Decode(at, Some(0)));
-                if self.second_decoder || self.decoder_used() {
+                // Decoders that do nothing are alike.
+                if bounds.second == Second::Borrow || !self.idle(0) || !self.idle(1) {
                     actions.push(Action::Decode(at, Some(1)));
                 }
                 if bounds.adopts {
@@ -199,11 +192,8 @@ impl State {
         }
     }
 
-    /// The decoders are alike: the first one is used first.
-    fn decoder_used(&self) -> bool {
-        self.second_decoder
-            || self.requests.iter().any(|r| r.decode.is_some() || r.attempt > 1)
-            || self.decoders.iter().any(|d| !d.legs.is_empty())
+    fn idle(&self, d: usize) -> bool {
+        self.to_decoder[d].is_empty() && self.decoders[d].legs.is_empty()
     }
 
     fn owner_may(&self, actions: &mut Vec<Action>) {
@@ -242,7 +232,7 @@ impl State {
             if bounds.cancels && open(at) {
                 actions.push(Action::ClientLeaves(at));
             }
-            if self.now > tandem_types::Time::ZERO && self.now <= DEADLINE {
+            if self.now > tandem_types::Time::ZERO && self.now <= DEADLINE && self.owner.kv.lease_count() > 0 {
                 actions.push(Action::Renew(at));
             }
         }
@@ -275,7 +265,6 @@ impl State {
     }
 
     fn faults(&self, bounds: &Bounds, actions: &mut Vec<Action>) {
-        let idle = |d: usize| self.to_decoder[d].is_empty() && self.decoders[d].legs.is_empty();
         if self.router {
             actions.push(Action::Crash(Who::Router));
             if !self.to_owner.is_empty() || !self.owner.legs.is_empty() {
@@ -286,7 +275,7 @@ impl State {
             actions.push(Action::Crash(Who::Owner));
         }
         for d in 0..2 {
-            if !idle(d) || !self.from_decoder[d].is_empty() {
+            if !self.idle(d) {
                 actions.push(Action::Crash(Who::Decoder(d)));
                 if self.router {
                     actions.push(Action::BreakSession(Who::Decoder(d)));
@@ -294,9 +283,6 @@ impl State {
             }
             for leg in &self.decoders[d].legs {
                 actions.push(Action::Refuse(d, leg.key));
-                if leg.reply.is_some() {
-                    actions.push(Action::LoseReply(d, leg.key));
-                }
             }
         }
         for (at, request) in self.requests.iter().enumerate() {
@@ -333,7 +319,7 @@ impl State {
             actions.push(Action::LoseEnd(at));
             actions.push(Action::DoubleEnd(at));
             if end.awaited {
-                actions.push(Action::DelayEnd(at));
+                actions.extend([Action::DelayEnd(at), Action::LoseReply(at)]);
             }
         }
         for (at, lend) in self.lends.iter().enumerate() {
@@ -360,13 +346,65 @@ impl State {
         }
         let done = catch_unwind(AssertUnwindSafe(|| {
             next.act(bounds, action);
-            next.tidy(bounds);
+            while let Some(action) = next.certain() {
+                next.act(bounds, action);
+            }
+            next.tidy(bounds, &self.owner);
         }));
         if done.is_err() {
             next = self.clone();
             next.wrong = Some(Wrong::Panicked);
         }
         next
+    }
+
+    /// What need not wait: nobody can tell whether it happens now or later, or later is an order of events that
+    /// another choice before it brings about too. This is what keeps the number of states small.
+    fn certain(&self) -> Option<Action> {
+        // A Start that arrives late is a Start sent late, unless a role may change or the stream may break.
+        let early = self.flips == 0;
+        match self.to_owner.first() {
+            Some(ToOwner::Start(..)) if early => return Some(Action::OwnerReads),
+            Some(ToOwner::Cancel(key)) if !self.owner.legs.iter().any(|leg| leg.key == *key) => {
+                return Some(Action::OwnerReads);
+            }
+            Some(ToOwner::SessionClosed) if self.owner.legs.iter().all(|leg| leg.key == OWN_WORK) => {
+                return Some(Action::OwnerReads);
+            }
+            _ => {}
+        }
+        for d in 0..2 {
+            let here = |key: &Key| self.decoders[d].legs.iter().any(|leg| leg.key == *key);
+            match self.to_decoder[d].first() {
+                Some(ToDecoder::Start(..) | ToDecoder::Borrow(..)) if early => {
+                    return Some(Action::DecoderReads(d));
+                }
+                Some(ToDecoder::Cancel(key)) if !here(key) => return Some(Action::DecoderReads(d)),
+                Some(ToDecoder::SessionClosed) if self.decoders[d].legs.is_empty() => {
+                    return Some(Action::DecoderReads(d));
+                }
+                _ => {}
+            }
+        }
+        // A batch that is computed later is a prompt that is placed later.
+        let mut owner = Vec::new();
+        self.owner_may(&mut owner);
+        if let Some(at) = owner.iter().find(|at| matches!(at, Action::Admit(_) | Action::Submit(_))) {
+            return Some(*at);
+        }
+        for (at, stream) in self.streams.iter().enumerate() {
+            // The end of a claim that does not stand changes nothing.
+            let idle = stream.claim.is_none_or(|claim| self.owner.kv.claimed_pages(claim, 0).is_empty());
+            if stream.served && !stream.claiming && (stream.broken || !stream.followed) && idle {
+                return Some(Action::OwnerNotices(at));
+            }
+            let good = |down: &Down| matches!(down, Down::Claimed(_) | Down::Ready(..) | Down::Sealed(..));
+            let heard = stream.followed && !stream.down.is_empty() && stream.down.iter().all(good);
+            if heard {
+                return Some(Action::Hear(at));
+            }
+        }
+        self.reads.iter().position(|read| matches!(read.reading, Reading::Failed)).map(Action::ReadFails)
     }
 
     fn act(&mut self, bounds: &Bounds, action: Action) {
@@ -382,10 +420,6 @@ impl State {
             Action::DecoderReads(d) => {
                 let message = self.to_decoder[d].remove(0);
                 self.decoder_reads(bounds, d, message);
-            }
-            Action::RouterReads(d) => {
-                let Outcome { key, well } = self.from_decoder[d].remove(0);
-                self.outcome(key, well);
             }
             Action::Admit(at) => self.admit(bounds, at),
             Action::Submit(at) => self.submit(bounds, at),
@@ -431,12 +465,10 @@ impl State {
             }
             Action::DoubleRead(at) => self.reads.push(self.reads[at].clone()),
             Action::Judge(at) => self.judge(at),
-            Action::Answer(_, key) => {
-                let verdict = self.leg(key).and_then(|leg| leg.reply.take()).expect("it is on its way");
-                self.tell(key, PullEvent::Verdict(verdict));
-            }
-            Action::LoseReply(_, key) => {
-                self.leg(key).expect("it is on its way").reply = None;
+            Action::LoseReply(at) => {
+                let key = self.ends[at].key;
+                self.ends[at].awaited = false;
+                self.judge(at);
                 self.ask_again(key);
             }
             Action::LoseEnd(at) => {
@@ -528,7 +560,6 @@ impl State {
         let key = Key { request: r, attempt: request.attempt };
         if bounds.second == Second::Borrow && r == 1 {
             request.decode = Some(Decode { attempt: key.attempt, decoder: Some(1) });
-            self.second_decoder = true;
             self.to_decoder[1].push(ToDecoder::Borrow(key, self.decoders[1].epoch));
             return;
         }
@@ -546,7 +577,6 @@ impl State {
         request.decode = Some(Decode { attempt: key.attempt, decoder });
         match decoder {
             Some(d) => {
-                self.second_decoder |= d == 1;
                 self.to_decoder[d].push(ToDecoder::Start(key, handle, self.decoders[d].epoch));
             }
             None => self.to_owner.push(ToOwner::Adopt(key, handle.lease, self.owner.epoch)),
@@ -560,7 +590,7 @@ impl State {
         if let Some(attempt) = request.prefill {
             self.to_owner.push(ToOwner::Cancel(Key { request: r, attempt }));
         }
-        *request = Request { ended: Some(ended), attempt: request.attempt, ..Request::default() };
+        *request = Request { ended: Some(ended), attempt: u8::MAX, ..Request::default() };
     }
 
     fn drop_decode(&mut self, r: u8) {
@@ -609,7 +639,6 @@ impl State {
     fn lose_decoder_session(&mut self, d: usize) {
         self.to_decoder[d].clear();
         self.to_decoder[d].push(ToDecoder::SessionClosed);
-        self.from_decoder[d].clear();
         for request in &mut self.requests {
             if request.decode.is_some_and(|decode| decode.decoder == Some(d)) {
                 request.decode = None;
@@ -961,13 +990,12 @@ impl State {
             sums: Default::default(),
             asked: 0,
             claim: None,
-            reply: None,
         };
         match message {
             ToDecoder::Start(key, _, epoch) | ToDecoder::Borrow(key, epoch)
                 if epoch != self.decoders[d].epoch =>
             {
-                self.from_decoder[d].push(Outcome { key, well: false });
+                self.outcome(key, false);
             }
             ToDecoder::Start(key, handle, _) => {
                 let leg = fresh(key, Some(handle), None);
@@ -1070,7 +1098,7 @@ impl State {
         self.lends.iter_mut().filter(|lend| lend.key == key).for_each(|lend| lend.awaited = false);
         self.lent.retain(|(of, _)| *of != key);
         if let Some(well) = well {
-            self.from_decoder[d].push(Outcome { key, well });
+            self.outcome(key, well);
         }
     }
 
@@ -1173,8 +1201,8 @@ impl State {
                 _ => {}
             }
         }
-        if awaited && let Some(leg) = self.leg(key) {
-            leg.reply = Some(verdict);
+        if awaited {
+            self.tell(key, PullEvent::Verdict(verdict));
         }
     }
 
@@ -1213,7 +1241,7 @@ impl State {
                 for r in 0..2 {
                     let request = &mut self.requests[r];
                     request.ended.get_or_insert(Ended::Gone);
-                    *request = Request { ended: request.ended, attempt: request.attempt, ..Request::default() };
+                    *request = Request { ended: request.ended, attempt: u8::MAX, ..Request::default() };
                 }
                 self.lose_owner_session();
                 (0..2).for_each(|d| self.lose_decoder_session(d));
@@ -1243,16 +1271,21 @@ impl State {
     // ------------------------------------------------------------------ after every action
 
     /// Forgets what nothing can depend on any more, and compares the owner's books with what refers to what.
-    fn tidy(&mut self, _bounds: &Bounds) {
+    fn tidy(&mut self, bounds: &Bounds, before: &Arc<Owner>) {
         self.streams.retain(|stream| stream.followed || stream.served || stream.claiming);
-        let gone = |read: &Read| matches!(read.reading, Reading::Failed);
+        self.streams.sort_by_key(|stream| (stream.key, stream.copy));
+        self.reads.sort_by_key(|read| (read.key, read.id, matches!(read.reading, Reading::Asked)));
+        self.lends.sort();
+        if bounds.second != Second::Borrow {
+            self.order_decoders();
+        }
         let legs: Vec<Key> = self.decoders.iter().flat_map(|d| d.legs.iter().map(|leg| leg.key)).collect();
-        self.reads.retain(|read| !gone(read) || legs.contains(&read.key));
         self.ends.sort();
         let (ends, now) = (&self.ends, self.now);
         self.told.retain(|claim, until| *until > now && ends.iter().any(|end| end.claim == *claim)
             || legs.iter().any(|key| claim.0 / 10 == u128::from(key.request) * 10 + u128::from(key.attempt)));
-        if self.given_back_twice {
+        let looked_at = Arc::ptr_eq(before, &self.owner) && matches!(self.wrong, None);
+        if self.given_back_twice || looked_at && self.now < DEADLINE {
             return;
         }
         self.owner.kv.check_books();
@@ -1262,6 +1295,24 @@ impl State {
         }
         if self.now >= DEADLINE && self.owner.kv.next_expiry().is_some_and(|due| due > self.now) {
             self.wrong.get_or_insert(Wrong::Outlived);
+        }
+    }
+
+    /// The decoders are alike, so it does not matter which is which.
+    fn order_decoders(&mut self) {
+        let busy = |d: usize| {
+            let keys: Vec<Key> = self.decoders[d].legs.iter().map(|leg| leg.key).collect();
+            (keys, self.to_decoder[d].clone(), self.decoders[d].epoch)
+        };
+        if busy(0) >= busy(1) {
+            return;
+        }
+        self.decoders.swap(0, 1);
+        self.to_decoder.swap(0, 1);
+        for request in &mut self.requests {
+            if let Some(Decode { decoder: Some(d), .. }) = &mut request.decode {
+                *d = 1 - *d;
+            }
         }
     }
 

@@ -9,7 +9,7 @@ use std::ops::Range;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tandem_kv_cache::{Config, FirstTokenBundle, HoldId, KvCache, Mistake, Puller, Table, Verdict};
+use tandem_kv_cache::{Config, FirstTokenBundle, HoldId, KvCache, Mistake, Puller, Table};
 use tandem_types::{BlockHash, ClaimId, LeaseId, Time};
 
 /// Tokens of a prompt: two pages, the second of which is not full.
@@ -17,11 +17,11 @@ pub const TOKENS: u32 = 40;
 /// Pages of a prompt.
 pub const BLOCKS: u32 = 2;
 /// A lease that nobody renews ends after so many ticks.
-pub const TIME_TO_LIVE: Duration = Duration::from_nanos(2);
+pub const TIME_TO_LIVE: Duration = Duration::from_nanos(1);
 /// Every request's deadline: a renewed lease would outlive it.
-pub const DEADLINE: Time = Time(3);
+pub const DEADLINE: Time = Time(2);
 /// No more time passes after this; all leases are over by then.
-pub const HORIZON: Time = Time(4);
+pub const HORIZON: Time = Time(2);
 
 /// What the second request is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,8 +45,8 @@ pub struct Bounds {
     pub faults: u8,
     /// Role changes of a run, at most.
     pub flips: u8,
-    /// Starts of a request, at most; then the router gives it up.
-    pub attempts: u8,
+    /// Starts of each request, at most; then the router gives it up.
+    pub attempts: [u8; 2],
     /// Whether clients may leave.
     pub cancels: bool,
     /// Whether decode may start before the first token.
@@ -100,7 +100,7 @@ pub struct Handle {
 }
 
 /// How a request ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
     /// Somebody goes on from its KV, or its first token was the last.
     Well,
@@ -108,6 +108,11 @@ pub enum Ended {
     Failed,
     /// The client left, or the router died and broke its connection.
     Gone,
+}
+
+impl Hash for Ended {
+    /// Nothing depends on how.
+    fn hash<H: Hasher>(&self, _: &mut H) {}
 }
 
 /// Where the router believes that decode is.
@@ -150,7 +155,7 @@ pub enum ToOwner {
 }
 
 /// What the router sends to a decoder.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum ToDecoder {
     /// Go on from this, if the decoder's epoch still is that.
     Start(Key, Handle, u8),
@@ -160,15 +165,6 @@ pub enum ToDecoder {
     Cancel(Key),
     /// The stream broke.
     SessionClosed,
-}
-
-/// What a decoder tells the router of an attempt.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Outcome {
-    /// Which.
-    pub key: Key,
-    /// Whether it goes on.
-    pub well: bool,
 }
 
 /// Where an attempt is at the owner.
@@ -260,8 +256,6 @@ pub struct DecodeLeg {
     pub asked: u8,
     /// The claim that it was asked for.
     pub claim: Option<ClaimId>,
-    /// The answer, on its way.
-    pub reply: Option<Verdict>,
 }
 
 /// A worker that decodes.
@@ -406,14 +400,10 @@ pub struct State {
     pub router: bool,
     /// What it knows.
     pub requests: [Request; 2],
-    /// Whether the second decoder has been used; the first one always is before it.
-    pub second_decoder: bool,
     /// The session to the owner.
     pub to_owner: Vec<ToOwner>,
     /// The sessions to the decoders.
     pub to_decoder: [Vec<ToDecoder>; 2],
-    /// And from them.
-    pub from_decoder: [Vec<Outcome>; 2],
     /// Who prefills.
     pub owner: Arc<Owner>,
     /// Who decodes.
@@ -504,10 +494,8 @@ impl State {
             flips: bounds.flips,
             router: true,
             requests: [Request::default(); 2],
-            second_decoder: false,
             to_owner: Vec::new(),
             to_decoder: [Vec::new(), Vec::new()],
-            from_decoder: [Vec::new(), Vec::new()],
             owner: Arc::new(Owner::new(bounds, 1)),
             decoders: [Arc::default(), Arc::default()],
             streams: Vec::new(),
