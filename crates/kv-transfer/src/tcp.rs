@@ -76,7 +76,7 @@ impl Transport for Tcp {
         bind: IpAddr,
     ) -> Result<Exported, Error> {
         let failed = |error: io::Error| Error::Unreachable { transport: NAME, reason: error.to_string() };
-        let listener = seam::listen(SocketAddr::new(bind, 0)).await.map_err(failed)?;
+        let listener = seam::listen_tcp(SocketAddr::new(bind, 0)).await.map_err(failed)?;
         let mut address = listener.local_addr().map_err(failed)?;
         if address.ip().is_unspecified() {
             // No address, but it does on this host; `Exported::advertise` says better where that matters.
@@ -277,7 +277,7 @@ impl TcpPeer {
     async fn open_lane(&self, deadline: Time) -> Result<Lane, Error> {
         let unreachable = |reason: String| Error::Unreachable { transport: NAME, reason };
         let open = async {
-            let mut stream = seam::connect(&*self.address).await?;
+            let mut stream = seam::connect_tcp(&*self.address).await?;
             let mut hello = MAGIC.to_vec();
             hello.extend(self.incarnation.to_be_bytes());
             hello.extend(self.id.to_be_bytes());
