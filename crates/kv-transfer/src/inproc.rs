@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, Weak};
 
 use async_trait::async_trait;
+use tandem_chassis::fail::{self, Passage};
 use tandem_chassis::seam;
 use tandem_memory::Region;
 use tandem_types::{Export, Incarnation, Time};
@@ -102,7 +103,14 @@ impl InprocPeer {
         };
         let bytes = check(pull, exporting.region.len() as u64)?;
         may_go_on()?;
+        let passage = fail::pass("pull.gate", "").await;
+        if matches!(passage, Passage::Lost | Passage::Broken) {
+            return Err(PullError::Denied);
+        }
         let permit = exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?;
+        if passage == Passage::Twice {
+            drop(exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?);
+        }
         let mut slice = 0;
         for (range, &local) in pull.remote.iter().zip(&pull.local_offsets) {
             let mut done = 0;
