@@ -4,6 +4,7 @@
 //! - `equality`: hand-offs change no bit
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
 //! - `faults`: workers that die, fail, refuse and come back
+//! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
 //! - `references`: checkpoints agree with their references through the API
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
@@ -13,6 +14,7 @@
 //! - `openai`: the openai Python package, unmodified
 
 mod broken;
+mod chaos;
 mod equality;
 mod etcd;
 mod faults;

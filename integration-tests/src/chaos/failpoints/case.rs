@@ -39,6 +39,8 @@ pub enum Situation {
     LongPrefill,
     /// Pools are too small for everybody.
     SmallPool,
+    /// Most clients leave.
+    Leaving,
     /// Workers refuse.
     Refusing,
     /// Steps fail.
@@ -119,15 +121,16 @@ impl Case {
             Some(Plot::Supersede) => (workers.0, workers.1.max(2), workers.2),
             _ => workers,
         };
+        let all = workers.0 + workers.1 + workers.2;
         let mut faults = vec![Fault { point, action, nth: nth(point, &mut random), whom: None }];
         if random.percent(35) {
             let (point, action) = *random.one_of(&cells);
-            faults.push(Fault { point, action, nth: random.within(1..8) as u32, whom: None });
+            let whom = random.percent(30).then(|| name(workers, random.within(0..all)));
+            faults.push(Fault { point, action, nth: random.within(1..8) as u32, whom });
         }
         let prefix = random.prompt(96);
         let asks = (0..random.within(4..9)).map(|index| ask(index, situation, &prefix, &mut random));
         let asks = asks.collect();
-        let all = workers.0 + workers.1 + workers.2;
         let flips = (0..random.within(0..3)).filter(|_| situation == Situation::Ordinary).map(|_| Flip {
             at: Duration::from_millis(random.within(0..3000)),
             worker: random.within(0..all),
@@ -153,7 +156,7 @@ impl Case {
             Situation::SlowClient => "paced:5ms,1ms".to_owned(),
             Situation::Refusing => format!("paced:30ms,10ms,refuse=0.4,seed={}", self.number),
             Situation::Failing => format!("paced:30ms,10ms,fail=0.05,seed={}", self.number),
-            Situation::Ordinary | Situation::SmallPool => "paced:30ms,10ms".to_owned(),
+            Situation::Ordinary | Situation::Leaving | Situation::SmallPool => "paced:30ms,10ms".to_owned(),
         }
     }
 
@@ -163,12 +166,22 @@ impl Case {
     }
 }
 
+/// The name of a worker by its index.
+fn name((prefill, decode, _): (u64, u64, u64), index: u64) -> String {
+    match index {
+        _ if index < prefill => format!("prefill-{index}"),
+        _ if index < prefill + decode => format!("decode-{}", index - prefill),
+        _ => format!("mixed-{}", index - prefill - decode),
+    }
+}
+
 /// What must happen for a message to pass this point.
 fn reason(point: &str, random: &mut Random) -> (Situation, Option<Plot>) {
     let plots = [Plot::Overlap, Plot::EndLease, Plot::EndAtFirst, Plot::Supersede, Plot::CancelPrefill];
     match point {
         "session.pause" | "session.resume" => (Situation::SlowClient, None),
         "session.renew" => (Situation::LongPrefill, None),
+        "session.cancel" => (Situation::Leaving, None),
         "session.end-lease" => (Situation::Ordinary, Some(Plot::EndLease)),
         "frame.refused" => (Situation::Refusing, None),
         "frame.failed" => (Situation::Failing, None),
@@ -189,10 +202,11 @@ fn reason(point: &str, random: &mut Random) -> (Situation, Option<Plot>) {
 /// Which message is struck. Rare ones must not be waited for in vain.
 fn nth(point: &str, random: &mut Random) -> u32 {
     let among = match point {
-        "session.beat" | "frame.beat" => 60,
+        "session.beat" | "frame.beat" => 30,
         "frame.delta" => 40,
         "engine.submit" | "engine.collect" => 30,
-        "session.start" | "frame.granted" | "frame.released" | "session.cancel" => 5,
+        "session.start" | "frame.granted" | "frame.released" => 5,
+        "session.cancel" => 2,
         "follow.claim" | "follow.claimed" | "follow.ready" | "follow.sealed" => 3,
         "pull.request" | "pull.gate" | "pull.completion" | "end.request" | "end.reply" => 3,
         "frame.finished" => 3,
@@ -223,7 +237,8 @@ fn ask(index: u64, situation: Situation, prefix: &[u32], random: &mut Random) ->
         seed: random.percent(40).then(|| random.within(0..1 << 40)),
         streamed: slow || random.percent(70),
         logprobs: slow || random.percent(10),
-        leaves: (!slow && random.percent(20)).then(|| Duration::from_millis(random.within(0..2500))),
+        leaves: (!slow && random.percent(if situation == Situation::Leaving { 70 } else { 20 }))
+            .then(|| Duration::from_millis(random.within(0..2500))),
         stalls: slow.then(|| (3, Duration::from_secs(random.within(4..9)))),
     }
 }

@@ -20,6 +20,8 @@ use super::world::World;
 
 /// Both ends of a session beat this often.
 const BEAT: Duration = Duration::from_millis(200);
+/// A step may take the greater of this and twenty times what was expected.
+const STEP_MAX_US: u64 = 2_000_000;
 
 /// Plays a plot with workers of this world. Every leg must get a last word, and an answer that is complete must be
 /// right.
@@ -221,7 +223,12 @@ impl Session {
                     message = inbound.message() => {
                         // With the stream all legs end: their channels close.
                         let Ok(Some(message)) = message else { return };
-                        let Some(from_worker::Message::Frame(frame)) = message.message else { continue };
+                        let frame = match message.message {
+                            Some(from_worker::Message::Frame(frame)) => frame,
+                            // A step that never ends is loss, as for every router.
+                            Some(from_worker::Message::Beat(beat)) if hangs(&beat) => return,
+                            _ => continue,
+                        };
                         for v1::Event { leg, event } in frame.events {
                             if let (Some(events), Some(event)) = (legs.get(&leg), event) {
                                 let _ = events.send(event);
@@ -255,6 +262,10 @@ impl Session {
         self.say(to_worker::Message::Start(target));
         Leg { name, events, tokens: Vec::new() }
     }
+}
+
+fn hangs(beat: &v1::Beat) -> bool {
+    beat.step_running && beat.step_age_us > STEP_MAX_US.max(20 * beat.step_expected_us)
 }
 
 struct Leg {
