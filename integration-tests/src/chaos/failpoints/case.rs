@@ -237,8 +237,12 @@ fn ask(index: u64, situation: Situation, prefix: &[u32], random: &mut Random) ->
         seed: random.percent(40).then(|| random.within(0..1 << 40)),
         streamed: slow || random.percent(70),
         logprobs: slow || random.percent(10),
-        leaves: (!slow && random.percent(if situation == Situation::Leaving { 70 } else { 20 }))
-            .then(|| Duration::from_millis(random.within(0..2500))),
+        leaves: match situation {
+            _ if slow => None,
+            Situation::Leaving => random.percent(70).then(|| random.within(0..500)),
+            _ => random.percent(20).then(|| random.within(0..2500)),
+        }
+        .map(Duration::from_millis),
         stalls: slow.then(|| (3, Duration::from_secs(random.within(4..9)))),
     }
 }
