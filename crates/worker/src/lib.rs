@@ -170,6 +170,7 @@ pub async fn start(
         rows_max: config.rows_max,
         depth: facts.depth,
         context_tokens: facts.context_tokens,
+        ..tandem_batching::Config::default()
     });
     let core = Core::new(constants, config.role, kv, batcher, Box::new(seam::random_u128));
     let metrics = Arc::new(metrics::Metrics::new(&facts, &model));
