@@ -6,7 +6,9 @@ pub mod client;
 pub mod cluster;
 pub mod processes;
 pub mod skip;
+pub mod wire;
 
-pub use client::{Answer, Client};
+pub use client::{Answer, Client, metric};
 pub use cluster::{Spec, TestCluster};
 pub use processes::ProcessCluster;
+pub use wire::WireRouter;

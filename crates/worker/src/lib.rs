@@ -20,8 +20,8 @@ mod spans;
 mod step_loop;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tandem_batching::Batcher;
@@ -99,10 +99,16 @@ pub struct Running {
     pub kernel: String,
     /// Threads that compute.
     pub threads: usize,
+    kv: Weak<tandem_memory::Region>,
     done: tokio::task::JoinHandle<()>,
 }
 
 impl Running {
+    /// Its KV memory, while it lives: to look at from outside.
+    pub fn kv_region(&self) -> Option<Arc<tandem_memory::Region>> {
+        self.kv.upgrade()
+    }
+
     /// Returns when the worker has stopped and given everything back.
     pub async fn join(self) {
         if let Err(error) = self.done.await
@@ -144,6 +150,7 @@ pub async fn start(
     // filled before anybody can have a claim.
     let gate = Arc::new(lender::LateGate::default());
     let region = engine.kv_region();
+    let kv = Arc::downgrade(&region);
     let exports = export(&config, region.clone(), gate.clone(), incarnation).await?;
     let model = config.model_name.clone().unwrap_or_else(|| facts.model.clone());
     let constants = Constants {
@@ -158,7 +165,7 @@ pub async fn start(
         legs_max: config.legs_max,
         strict: config.numerics == Numerics::Strict,
     };
-    let kv = KvCache::new(tandem_kv_cache::Config {
+    let cache = KvCache::new(tandem_kv_cache::Config {
         pages: facts.pages,
         groups: facts.kv.len() as u32,
         leased_share: config.leased_share,
@@ -172,7 +179,7 @@ pub async fn start(
         context_tokens: facts.context_tokens,
         ..tandem_batching::Config::default()
     });
-    let core = Core::new(constants, config.role, kv, batcher, Box::new(seam::random_u128));
+    let core = Core::new(constants, config.role, cache, batcher, Box::new(seam::random_u128));
     let metrics = Arc::new(metrics::Metrics::new(&facts, &model));
     let pages = pages::PageMap::of(&*engine);
     let checksums = config.checksums == Switch::On;
@@ -246,7 +253,7 @@ pub async fn start(
         drain_timeout: config.drain_timeout.0,
     };
     let done = seam::spawn(end.wait());
-    Ok(Running { id, address, admin, kernel: facts.kernel, threads, done })
+    Ok(Running { id, address, admin, kernel: facts.kernel, threads, kv, done })
 }
 
 /// All cores but one for the network; at least one.

@@ -2,6 +2,7 @@
 //!
 //! - `walking`: requests through the public door of a cluster in this process
 //! - `equality`: hand-offs change no bit
+//! - `handoff`: what is moved, when, and what becomes of bytes that are wrong
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
 //! - `faults`: workers that die, fail, refuse and come back
 //! - `references`: checkpoints agree with their references through the API
@@ -16,6 +17,7 @@ mod broken;
 mod equality;
 mod etcd;
 mod faults;
+mod handoff;
 mod leaks;
 mod openai;
 mod operating;

@@ -147,10 +147,27 @@ impl Dispatcher {
 enum Round {
     /// The answer is complete.
     Finished(FinishReason),
-    /// Place it again; the worker named is better avoided, and a fault counts.
-    Again { avoid: Option<WorkerId>, fault: bool, why: String },
+    /// Place it again.
+    Again(Again),
     /// The request is over with an error.
     Broken(DispatchError),
+}
+
+/// Why a request is placed again, and how.
+struct Again {
+    /// Who is better avoided.
+    avoid: Option<WorkerId>,
+    /// Whether work was lost by a fault.
+    fault: bool,
+    /// The lease that it was to go on from may serve for the next try.
+    lease_serves: bool,
+    why: String,
+}
+
+impl Again {
+    fn new(avoid: Option<WorkerId>, fault: bool, why: String) -> Again {
+        Again { avoid, fault, lease_serves: true, why }
+    }
 }
 
 /// A prompt that is computed, or being computed, and the lease on it.
@@ -222,24 +239,19 @@ impl Course {
 
     async fn rounds(&mut self) -> Result<FinishReason, DispatchError> {
         loop {
-            let (avoid, fault, why) = match self.round().await {
+            let again = match self.round().await {
                 Round::Finished(reason) => return Ok(reason),
                 Round::Broken(error) => return Err(error),
-                Round::Again { avoid, fault, why } => (avoid, fault, why),
+                Round::Again(again) => again,
             };
-            self.count("placed again", avoid, fault, why)?;
+            self.count("placed again", again)?;
             self.wait_for_candidates().await?;
         }
     }
 
     /// Counts a placement that came to nothing; an error if it was the last that is allowed.
-    fn count(
-        &mut self,
-        what: &str,
-        avoid: Option<WorkerId>,
-        fault: bool,
-        why: String,
-    ) -> Result<(), DispatchError> {
+    fn count(&mut self, what: &str, again: Again) -> Result<(), DispatchError> {
+        let Again { avoid, fault, why, .. } = again;
         self.record.note(what, json!({ "why": why, "fault": fault }));
         self.dispatcher.metrics.observe_retry(fault);
         self.avoid.extend(avoid);
@@ -278,7 +290,7 @@ impl Course {
             self.request.share = PromptShare::Alone;
         }
         let Some((route, links)) = self.choose() else {
-            return Round::Again { avoid: None, fault: false, why: "no worker takes work now".into() };
+            return Round::Again(Again::new(None, false, "no worker takes work now".into()));
         };
         let (prefill, decode) = (links[route.prefill].clone(), links[route.decode].clone());
         let rest = self.request.stop.max_tokens - self.delivered.len() as u32;
@@ -321,7 +333,7 @@ impl Course {
                 LegEvent::Worker(event::Event::Delta(delta)) if !from_follower => {
                     let Some(handle) = handle else {
                         let why = format!("{} sent a token before its grant", prefill.worker());
-                        return Round::Again { avoid: Some(prefill.worker().clone()), fault: true, why };
+                        return Round::Again(Again::new(Some(prefill.worker().clone()), true, why));
                     };
                     self.computed_at(prefill.worker());
                     let grant = Grant { prefill, granted_as, handle };
@@ -341,8 +353,9 @@ impl Course {
                 event if from_follower => {
                     let leg = decode.take().expect("it has just spoken");
                     match self.broken_before_delta(&leg, event) {
-                        Round::Again { avoid, fault, why } => {
-                            if let Err(error) = self.count("decode placed again", avoid, fault, why) {
+                        Round::Again(again) if !again.lease_serves => return Round::Again(again),
+                        Round::Again(again) => {
+                            if let Err(error) = self.count("decode placed again", again) {
                                 return Round::Broken(error);
                             }
                         }
@@ -396,20 +409,20 @@ impl Course {
                 (Some(leg), _) => Ok(leg),
                 (None, Some(link)) => self.open(&link, v1::Until::End, Some(handle.clone()), granted_as),
                 (None, None) => {
-                    return Round::Again { avoid: None, fault: false, why: "nobody can decode".into() };
+                    return Round::Again(Again::new(None, false, "nobody can decode".into()));
                 }
             };
             let round = match leg {
                 Ok(leg) => self.stream(leg, Some(&mut prefill), false).await,
                 Err(round) => round,
             };
-            let Round::Again { avoid: Some(avoid), fault, why } = round else { return round };
-            let lease_stands = prefill.try_next().is_none();
+            let Round::Again(again) = round else { return round };
+            let lease_stands = again.lease_serves && prefill.try_next().is_none();
             if self.delivered.len() > before || !lease_stands {
-                return Round::Again { avoid: Some(avoid), fault, why };
+                return Round::Again(again);
             }
             // Another decoder from the same lease; nothing is computed again.
-            if let Err(error) = self.count("decode placed again", Some(avoid), fault, why) {
+            if let Err(error) = self.count("decode placed again", again) {
                 return Round::Broken(error);
             }
             target = self.choose_decode(prefill.worker());
@@ -442,14 +455,18 @@ impl Course {
                         self.computed_at(leg.worker());
                     }
                     prefill = None;
-                    if let Err(round) = self.deliver(&delta, leg.worker()).await {
-                        return round;
+                    match self.deliver(&delta, leg.worker()).await {
+                        Ok(()) => {}
+                        Err(Round::Again(again)) => {
+                            return Round::Again(Again { lease_serves: false, ..again });
+                        }
+                        Err(over) => return over,
                     }
                 }
                 LegEvent::Worker(event::Event::Finished(finished)) => return finish(&finished),
                 LegEvent::Worker(event::Event::Preempted(_)) => {
                     let why = format!("{} preempted it", leg.worker());
-                    return Round::Again { avoid: None, fault: false, why };
+                    return Round::Again(Again { lease_serves: !own_delta, ..Again::new(None, false, why) });
                 }
                 other if own_delta => return self.broken_after_delta(&leg, other),
                 other => return self.broken_before_delta(&leg, other),
@@ -468,13 +485,13 @@ impl Course {
                     self.dispatcher.metrics.observe_divergence();
                     tracing::error!(request = self.request.name, worker = %from, position, "a leg diverged");
                     let why = format!("{from} sent another token at position {position}");
-                    return Err(Round::Again { avoid: Some(from.clone()), fault: true, why });
+                    return Err(Round::Again(Again::new(Some(from.clone()), true, why)));
                 }
                 continue;
             }
             if position > self.delivered.len() {
                 let why = format!("{from} left out positions {} to {position}", self.delivered.len());
-                return Err(Round::Again { avoid: Some(from.clone()), fault: true, why });
+                return Err(Round::Again(Again::new(Some(from.clone()), true, why)));
             }
             self.delivered.push(sampled.clone());
             let now = seam::now();
@@ -617,11 +634,8 @@ impl Course {
             "start",
             json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }),
         );
-        link.open(start).map_err(|error| Round::Again {
-            avoid: Some(link.worker.clone()),
-            fault: false,
-            why: error.to_string(),
-        })
+        link.open(start)
+            .map_err(|error| Round::Again(Again::new(Some(link.worker.clone()), false, error.to_string())))
     }
 
     // ------------------------------------------------------------------ what went wrong
@@ -640,27 +654,28 @@ impl Course {
                         Round::Broken(DispatchError::Unsupported(refused.message))
                     }
                     v1::RefuseReason::Invalid => Round::Broken(DispatchError::Internal(why)),
-                    _ => Round::Again { avoid, fault: false, why },
+                    _ => Round::Again(Again::new(avoid, false, why)),
                 }
             }
             LegEvent::Worker(event::Event::Failed(failed)) => {
                 if failed.reason() == v1::FailReason::Deadline {
                     return Round::Broken(DispatchError::Deadline);
                 }
+                use v1::FailReason as Reason;
                 let why = format!("{} failed: {}", leg.worker(), failed.message);
-                Round::Again { avoid, fault: true, why }
+                let lease_serves =
+                    !matches!(failed.reason(), Reason::LeaseLost | Reason::Superseded | Reason::Corrupt);
+                Round::Again(Again { lease_serves, ..Again::new(avoid, true, why) })
             }
             LegEvent::Worker(event::Event::Preempted(_)) => {
                 let why = format!("{} preempted it", leg.worker());
-                Round::Again { avoid: None, fault: false, why }
+                Round::Again(Again::new(None, false, why))
             }
-            LegEvent::Lost(why) => {
-                Round::Again { avoid, fault: true, why: format!("{}: {why}", leg.worker()) }
-            }
+            LegEvent::Lost(why) => Round::Again(Again::new(avoid, true, format!("{}: {why}", leg.worker()))),
             // Released without our cancel: the lease or the leg ended there.
             LegEvent::Worker(_) => {
                 let why = format!("{} let go of it", leg.worker());
-                Round::Again { avoid, fault: true, why }
+                Round::Again(Again::new(avoid, true, why))
             }
         }
     }
