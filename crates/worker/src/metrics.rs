@@ -100,7 +100,7 @@ impl Metrics {
             ),
             transfer_seconds: ours.histogram(
                 "tandem_kv_transfer_seconds",
-                "from a claim to the verdict",
+                "time in which the bytes of a pull were moving",
                 &["transport"],
                 metrics::STEP_SECONDS,
             ),
@@ -122,7 +122,7 @@ impl Metrics {
             ),
             corrupt: {
                 let corrupt = ours.counter(
-                    "tandem_kv_corrupt_total",
+                    "tandem_kv_checksum_failures_total",
                     "checksums that did not match: of a pull (transfer), or of a page in this pool (pool)",
                     &["where"],
                 );

@@ -146,7 +146,6 @@ impl Context {
     async fn pull(self: Arc<Self>, order: Box<PullOrder>, stopped: oneshot::Receiver<()>) -> SequenceId {
         let sequence = order.sequence;
         let mut report = Report { shared: self.shared.clone(), sequence, done: false };
-        let began = seam::now();
         let outcome = tokio::select! {
             biased;
             outcome = self.bring(&order) => outcome,
@@ -156,7 +155,7 @@ impl Context {
             Ok(taken) => {
                 let metrics = &self.shared.metrics;
                 let moved = taken.transfer;
-                metrics.observe_transfer(taken.transport, moved.bytes, seam::now().since(began));
+                metrics.observe_transfer(taken.transport, moved.bytes, moved.busy);
                 match order.source {
                     PullSource::Handle(_) => {
                         metrics.observe_exposed(taken.transport, moved.exposed_bytes, moved.exposed);

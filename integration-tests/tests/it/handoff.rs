@@ -125,9 +125,11 @@ fn a_page_that_is_spoilt_in_its_owners_pool_is_noticed_counted_and_never_decoded
                 other => panic!("{other:?} although a page is wrong"),
             }
             let noticed =
-                over_workers(&cluster, "decode", "tandem_kv_corrupt_total{where=\"transfer\"").await;
+                over_workers(&cluster, "decode", "tandem_kv_checksum_failures_total{where=\"transfer\"")
+                    .await;
             assert_eq!(noticed, 2.0, "fetched once more, and wrong again");
-            let owned = over_workers(&cluster, "prefill", "tandem_kv_corrupt_total{where=\"pool\"").await;
+            let owned =
+                over_workers(&cluster, "prefill", "tandem_kv_checksum_failures_total{where=\"pool\"").await;
             assert_eq!(owned, 1.0, "its owner looked and found it");
 
             // Its owner has forgotten the block and what follows it, so the prompt is computed again and right.
