@@ -146,7 +146,7 @@ impl Bench {
 fn remote() -> &'static Arc<Region> {
     static REMOTE: OnceLock<Arc<Region>> = OnceLock::new();
     REMOTE.get_or_init(|| {
-        let region = Region::anonymous(REGION).expect("memory");
+        let region = Region::shared(REGION).expect("memory");
         // A prime length, so that the pattern lies differently in every block.
         let pattern: Vec<u8> =
             (0..1_000_003u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -487,7 +487,7 @@ async fn nothing_of_an_owner_outlives_its_export(row: &'static Row) {
     let gate = Arc::new(TestGate::default());
     gate.set(CLAIM, true);
     let (counts, gone) = (gate.counts.clone(), Arc::downgrade(&gate));
-    let region = Arc::new(Region::anonymous(4096).expect("memory"));
+    let region = Arc::new(Region::shared(4096).expect("memory"));
     let memory = Arc::downgrade(&region);
     let exported = Bench::export(row, gate, region).await;
     let peer = (row.make)().connect(exported.export(), soon()).await.expect("it connects");

@@ -17,6 +17,16 @@ async fn inproc_holds_it_on_several_threads() {
 }
 
 #[tokio::test]
+async fn shm_holds_what_a_transport_must() {
+    conformance::run(row("shm")).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 3)]
+async fn shm_holds_it_on_several_threads() {
+    conformance::run(row("shm")).await;
+}
+
+#[tokio::test]
 async fn tcp_holds_what_a_transport_must() {
     conformance::run(row("tcp")).await;
 }
@@ -29,7 +39,7 @@ async fn tcp_holds_it_on_several_threads() {
 #[test]
 fn every_row_has_a_test_here() {
     let names: Vec<&str> = TRANSPORTS.iter().map(|row| row.name).collect();
-    assert_eq!(names, ["inproc", "tcp"], "a new row of the table runs the suite in this file");
+    assert_eq!(names, ["inproc", "shm", "tcp"], "a new row of the table runs the suite in this file");
     for row in TRANSPORTS {
         assert_eq!((row.make)().name(), row.name);
     }

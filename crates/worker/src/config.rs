@@ -211,7 +211,7 @@ mod tests {
             (checked(|c| c.threads = Some(0)), "--threads"),
             (checked(|c| c.leased_share = 0.0), "--leased-share"),
             (checked(|c| c.rows_max = 0), "--rows-max"),
-            (checked(|c| c.transport = "pigeon".into()), "auto, inproc, tcp"),
+            (checked(|c| c.transport = "pigeon".into()), "auto, inproc, shm, tcp"),
             ("mixed".parse::<Numerics>().map(|_| ()), "not in this version"),
         ] {
             assert!(refusal.as_ref().is_err_and(|said| said.contains(part)), "{part}: {refusal:?}");

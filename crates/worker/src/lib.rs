@@ -29,7 +29,7 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Capacity, Kind, Membership, Registration};
 use tandem_engine::{Engine, LoadError, Options};
 use tandem_kv_cache::KvCache;
-use tandem_kv_transfer::{Exported, TRANSPORTS};
+use tandem_kv_transfer::Exported;
 use tandem_proto::v1::lender_server::LenderServer;
 use tandem_proto::v1::worker_server::WorkerServer;
 use tandem_types::{BLOCK_TOKENS, Epoch, Incarnation, WorkerId, WorkerState};
@@ -266,7 +266,7 @@ async fn load(
         kv_bytes: config.kv_memory.0,
         depth: 0,
         progress,
-        shared_memory: false,
+        shared_memory: tandem_kv_transfer::allowed(&config.transport).any(|row| row.shared_memory),
     };
     let fake = config.fake.clone();
     let (send, loaded) = tokio::sync::oneshot::channel();
@@ -305,17 +305,19 @@ async fn export(
     incarnation: Incarnation,
 ) -> Result<Vec<Exported>, StartError> {
     let mut exports = Vec::new();
-    for row in TRANSPORTS {
-        if config.transport != "auto" && config.transport != row.name {
-            continue;
+    for row in tandem_kv_transfer::allowed(&config.transport) {
+        match (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await {
+            Ok(mut exported) => {
+                exported.advertise(&advertised_host(config));
+                exports.push(exported);
+            }
+            // What was asked for by its name is not left out.
+            Err(error) if config.transport == row.name => return Err(StartError::Export(error.to_string())),
+            Err(error) => tracing::warn!(%error, "the KV memory cannot be reached this way"),
         }
-        let exported = (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await;
-        let mut exported = exported.map_err(|error| StartError::Export(format!("{}: {error}", row.name)))?;
-        exported.advertise(&advertised_host(config));
-        exports.push(exported);
     }
     if exports.is_empty() {
-        return Err(StartError::Export(format!("no transport is called {:?}", config.transport)));
+        return Err(StartError::Export(format!("no transport works here for {:?}", config.transport)));
     }
     Ok(exports)
 }

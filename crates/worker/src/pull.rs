@@ -282,6 +282,7 @@ impl Context {
         }
         let connected = connect_best(&handle.exports, &self.transport, seam::now() + CALL_MAX).await;
         let memory = connected.map_err(|e| PullFailure::Unreachable(format!("{}: {e}", source.worker)))?;
+        self.shared.metrics.observe_connection(memory.0);
         if let Some(owner) = self.owners().get_mut(&source.key()) {
             owner.memory = Some(memory.clone());
         }
@@ -305,12 +306,16 @@ impl Context {
             .enumerate()
             .flat_map(|(group, pages)| pages.iter().map(move |&page| (group as u32, page)))
             .collect();
+        let bytes: u64 = pages.iter().map(|(group, page)| self.pages.place(*group, page.page).len).sum();
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.shared.metrics.observe_quarantined(bytes);
         let hold = self.shared.change(|core, _| core.kv().hold(pages.into_iter()));
         let shared = self.shared.clone();
         // Owned by nobody on purpose: it ends with the backend's endpoint, which outlives this worker's tasks.
         seam::spawn(async move {
             released.await;
             shared.change(|core, _| core.kv().release(hold));
+            shared.metrics.observe_quarantined(-bytes);
         });
     }
 }

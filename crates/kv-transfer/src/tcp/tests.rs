@@ -4,8 +4,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
+use tandem_types::ClaimId;
+
 use super::*;
-use crate::{Denied, Permit};
+use crate::wire::GRACE;
+use crate::{ByteRange, Denied, Permit};
 
 const REGION: usize = 32 << 20;
 const OWNER: Incarnation = Incarnation(7);
