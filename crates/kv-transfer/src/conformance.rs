@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::task::Poll;
@@ -16,7 +17,8 @@ use tandem_types::{ClaimId, Export, Incarnation, Time};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::{
-    Buffers, ByteRange, Completion, Denied, Error, Exported, Gate, Peer, Permit, Pull, PullError, Row,
+    Buffers, ByteRange, Completion, Denied, Error, Exported, Gate, Options, Peer, Permit, Pull, PullError,
+    Row, Transport,
 };
 
 const REGION: usize = 32 << 20;
@@ -25,13 +27,35 @@ const CLAIM: ClaimId = ClaimId(42);
 /// Much longer than anything here takes; only a failure waits so long.
 const SOON: Duration = Duration::from_secs(60);
 
+/// The row, and what its transport is made with.
+struct Tested {
+    row: &'static Row,
+    options: Options,
+}
+
+impl Tested {
+    fn transport(&self) -> Arc<dyn Transport> {
+        (self.row.make)(&self.options)
+    }
+}
+
+impl Deref for Tested {
+    type Target = Row;
+
+    fn deref(&self) -> &Row {
+        self.row
+    }
+}
+
 type Case = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Runs the whole suite for one row of the table.
 ///
 /// # Panics
 /// If the row does not hold what a transport must.
-pub async fn run(row: &'static Row) {
+pub async fn run(row: &'static Row, options: &Options) {
+    // Few, and for the length of a test program.
+    let row: &'static Tested = Box::leak(Box::new(Tested { row, options: options.clone() }));
     let cases: Vec<(&str, Case)> = vec![
         ("sizes_and_batches", Box::pin(sizes_and_batches(row))),
         ("many_ranges_in_one_pull", Box::pin(many_ranges_in_one_pull(row))),
@@ -119,26 +143,26 @@ impl TestGate {
 }
 
 struct Bench {
-    row: &'static Row,
+    row: &'static Tested,
     gate: Arc<TestGate>,
     exported: Exported,
 }
 
 impl Bench {
-    async fn new(row: &'static Row) -> Bench {
+    async fn new(row: &'static Tested) -> Bench {
         let gate = Arc::new(TestGate::default());
         gate.set(CLAIM, true);
         let exported = Bench::export(row, gate.clone(), remote().clone()).await;
         Bench { row, gate, exported }
     }
 
-    async fn export(row: &'static Row, gate: Arc<TestGate>, region: Arc<Region>) -> Exported {
+    async fn export(row: &'static Tested, gate: Arc<TestGate>, region: Arc<Region>) -> Exported {
         let bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        (row.make)().export(region, gate, OWNER, bind).await.expect("it exports")
+        row.transport().export(region, gate, OWNER, bind).await.expect("it exports")
     }
 
     async fn connect(&self) -> Arc<dyn Peer> {
-        (self.row.make)().connect(self.exported.export(), soon()).await.expect("it connects")
+        self.row.transport().connect(self.exported.export(), soon()).await.expect("it connects")
     }
 }
 
@@ -239,7 +263,7 @@ async fn assert_still_good(row: &Row, peer: &dyn Peer) {
 
 // ---------------------------------------------------------------------- the cases
 
-async fn sizes_and_batches(row: &'static Row) {
+async fn sizes_and_batches(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let many: Vec<(u64, u64)> = (0..2000).map(|i| (i * 4000, 1 + i % 1500)).collect();
@@ -275,7 +299,7 @@ async fn sizes_and_batches(row: &'static Row) {
     bench.gate.all_given_back().await;
 }
 
-async fn many_ranges_in_one_pull(row: &'static Row) {
+async fn many_ranges_in_one_pull(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -285,7 +309,7 @@ async fn many_ranges_in_one_pull(row: &'static Row) {
     bench.gate.all_given_back().await;
 }
 
-async fn many_at_once(row: &'static Row) {
+async fn many_at_once(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peers = [bench.connect().await, bench.connect().await, bench.connect().await];
     let local = local();
@@ -301,7 +325,7 @@ async fn many_at_once(row: &'static Row) {
     bench.gate.all_given_back().await;
 }
 
-async fn what_is_outside_is_refused(row: &'static Row) {
+async fn what_is_outside_is_refused(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -327,7 +351,7 @@ async fn what_is_outside_is_refused(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn a_claim_that_does_not_stand(row: &'static Row) {
+async fn a_claim_that_does_not_stand(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -346,7 +370,7 @@ async fn a_claim_that_does_not_stand(row: &'static Row) {
 
 /// Expiry, a newer attempt and a cancel look alike from here: the gate no longer lets the claim through. What it
 /// has let through is brought to its end, because the permit keeps the pages.
-async fn a_claim_that_ends_midway(row: &'static Row) {
+async fn a_claim_that_ends_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -362,29 +386,29 @@ async fn a_claim_that_ends_midway(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn a_stale_export_is_told_apart(row: &'static Row) {
+async fn a_stale_export_is_told_apart(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let mut stale = bench.exported.export().clone();
     // Every blob names the owner's incarnation as eight bytes; another one is another start.
     let own = OWNER.0.to_be_bytes();
     let at = stale.blob.windows(8).position(|bytes| bytes == own).expect("the blob names the incarnation");
     stale.blob[at..at + 8].copy_from_slice(&8u64.to_be_bytes());
-    let refused = (row.make)().connect(&stale, soon()).await.err();
+    let refused = row.transport().connect(&stale, soon()).await.err();
     assert!(matches!(refused, Some(Error::StaleIncarnation { .. })), "{}: {refused:?}", row.name);
     assert_still_good(row, &*bench.connect().await).await;
 }
 
-async fn a_peer_that_is_gone(row: &'static Row) {
+async fn a_peer_that_is_gone(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let export = bench.exported.export().clone();
     drop(bench.exported);
     assert_gone(row, &peer.pull(pull(&[(0, 100)], &local())).await);
-    let again = (row.make)().connect(&export, soon()).await;
+    let again = row.transport().connect(&export, soon()).await;
     assert!(again.is_err(), "{}: nobody is there any more", row.name);
 }
 
-async fn a_peer_that_dies_midway(row: &'static Row) {
+async fn a_peer_that_dies_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -396,9 +420,9 @@ async fn a_peer_that_dies_midway(row: &'static Row) {
 }
 
 /// As if its process had been stopped: connections stay, nothing is said.
-async fn a_peer_that_stops_midway(row: &'static Row) {
+async fn a_peer_that_stops_midway(row: &'static Tested) {
     let elsewhere = Elsewhere::start(row).await;
-    let peer = (row.make)().connect(&elsewhere.export, soon()).await.expect("it connects");
+    let peer = row.transport().connect(&elsewhere.export, soon()).await.expect("it connects");
     let local = local();
     // A machine that is busy enough for the deadline to pass before the pull has begun gets more time.
     let mut limit = Duration::from_millis(200);
@@ -414,7 +438,7 @@ async fn a_peer_that_stops_midway(row: &'static Row) {
     let done = midway.await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}: a hung peer costs the deadline", row.name);
     assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
-    let refused = (row.make)().connect(&elsewhere.export, seam::now() + Duration::from_millis(200)).await;
+    let refused = row.transport().connect(&elsewhere.export, seam::now() + Duration::from_millis(200)).await;
     assert!(refused.is_err(), "{}: a connection stands only if somebody answers", row.name);
     // SAFETY: the buffers may be reused, so the bytes are ours again.
     unsafe { fill(&local) };
@@ -424,7 +448,7 @@ async fn a_peer_that_stops_midway(row: &'static Row) {
     assert!(is_filled(&local), "{}: a late write", row.name);
 }
 
-async fn a_pull_cancelled_midway(row: &'static Row) {
+async fn a_pull_cancelled_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -440,7 +464,7 @@ async fn a_pull_cancelled_midway(row: &'static Row) {
     assert!(is_filled(&local), "{}: a late write", row.name);
 }
 
-async fn a_peer_closed_midway(row: &'static Row) {
+async fn a_peer_closed_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let midway = begin(&*peer, everything(&local()), &bench.gate).await.expect("it takes longer");
@@ -451,7 +475,7 @@ async fn a_peer_closed_midway(row: &'static Row) {
     assert_still_good(row, &*bench.connect().await).await;
 }
 
-async fn a_deadline_that_has_passed(row: &'static Row) {
+async fn a_deadline_that_has_passed(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -462,7 +486,7 @@ async fn a_deadline_that_has_passed(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn a_deadline_that_passes_midway(row: &'static Row) {
+async fn a_deadline_that_passes_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -483,14 +507,14 @@ async fn a_deadline_that_passes_midway(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn nothing_of_an_owner_outlives_its_export(row: &'static Row) {
+async fn nothing_of_an_owner_outlives_its_export(row: &'static Tested) {
     let gate = Arc::new(TestGate::default());
     gate.set(CLAIM, true);
     let (counts, gone) = (gate.counts.clone(), Arc::downgrade(&gate));
     let region = Arc::new(Region::shared(4096).expect("memory"));
     let memory = Arc::downgrade(&region);
     let exported = Bench::export(row, gate, region).await;
-    let peer = (row.make)().connect(exported.export(), soon()).await.expect("it connects");
+    let peer = row.transport().connect(exported.export(), soon()).await.expect("it connects");
     assert_eq!(peer.pull(pull(&[(0, 100)], &local())).await.bytes, Ok(100), "{}", row.name);
     drop(exported);
     let released = async {
@@ -504,7 +528,7 @@ async fn nothing_of_an_owner_outlives_its_export(row: &'static Row) {
     drop(peer);
 }
 
-async fn garbage_is_not_an_export(row: &'static Row) {
+async fn garbage_is_not_an_export(row: &'static Tested) {
     let good = Bench::new(row).await;
     let mut cut = good.exported.export().blob.clone();
     cut.truncate(cut.len() - 1);
@@ -512,7 +536,7 @@ async fn garbage_is_not_an_export(row: &'static Row) {
     long.extend([b'x'; 3]);
     for blob in [vec![], vec![1; 5], vec![0xff; 64], vec![b':'; 30], cut[..20].to_vec(), long] {
         let export = Export { transport: row.name.to_owned(), blob };
-        assert!((row.make)().connect(&export, soon()).await.is_err(), "{}: {export:?}", row.name);
+        assert!(row.transport().connect(&export, soon()).await.is_err(), "{}: {export:?}", row.name);
     }
 }
 
@@ -526,7 +550,7 @@ struct Elsewhere {
 }
 
 impl Elsewhere {
-    async fn start(row: &'static Row) -> Elsewhere {
+    async fn start(row: &'static Tested) -> Elsewhere {
         let gate = Arc::new(TestGate::default());
         gate.set(CLAIM, true);
         let (freeze, mut frozen) = mpsc::channel::<(oneshot::Sender<()>, std::sync::mpsc::Receiver<()>)>(1);

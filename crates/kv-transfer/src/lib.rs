@@ -10,6 +10,7 @@ mod copying;
 mod inproc;
 mod shm;
 mod tcp;
+mod tls;
 mod wire;
 
 use std::any::Any;
@@ -23,6 +24,7 @@ use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
 
 pub use checksum::checksum;
+pub use tls::{Tls, TlsError};
 
 /// Bytes of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -224,12 +226,19 @@ impl Exported {
     }
 }
 
+/// What transports are told when they are made. Each takes what concerns it.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Identity and trust for connections that leave this host's memory; without it they are plain.
+    pub tls: Option<Tls>,
+}
+
 /// A transport by its name.
 pub struct Row {
     /// What `--transport` calls it.
     pub name: &'static str,
     /// Makes it.
-    pub make: fn() -> Arc<dyn Transport>,
+    pub make: fn(&Options) -> Arc<dyn Transport>,
     /// Whether it exports shared memory only.
     pub shared_memory: bool,
     /// Cases of the conformance suite that mean nothing here, each with the reason.
@@ -240,15 +249,20 @@ pub struct Row {
 pub static TRANSPORTS: &[Row] = &[
     Row {
         name: inproc::NAME,
-        make: || Arc::new(inproc::Inproc),
+        make: |_| Arc::new(inproc::Inproc),
         shared_memory: false,
         not_applicable: &[(
             "a_peer_that_stops_midway",
             "the puller's own task copies, so nobody else is there to stop",
         )],
     },
-    Row { name: shm::NAME, make: || Arc::new(shm::Shm), shared_memory: true, not_applicable: &[] },
-    Row { name: tcp::NAME, make: || Arc::new(tcp::Tcp), shared_memory: false, not_applicable: &[] },
+    Row { name: shm::NAME, make: |_| Arc::new(shm::Shm), shared_memory: true, not_applicable: &[] },
+    Row {
+        name: tcp::NAME,
+        make: |options| Arc::new(tcp::Tcp { tls: options.tls.clone() }),
+        shared_memory: false,
+        not_applicable: &[],
+    },
 ];
 
 /// The rows that may be used: all for `auto`, or the one of that name.
@@ -261,12 +275,13 @@ pub fn allowed(transport: &str) -> impl Iterator<Item = &'static Row> {
 pub async fn connect_best(
     exports: &[Export],
     transport: &str,
+    options: &Options,
     deadline: Time,
 ) -> Result<(&'static str, Arc<dyn Peer>), Error> {
     let mut refusals = Vec::new();
     for row in allowed(transport) {
         let Some(export) = exports.iter().find(|export| export.transport == row.name) else { continue };
-        match (row.make)().connect(export, deadline).await {
+        match (row.make)(options).connect(export, deadline).await {
             Ok(peer) => return Ok((row.name, peer)),
             // The owner has restarted: no other way leads to what the handle means.
             Err(stale @ Error::StaleIncarnation { .. }) => return Err(stale),

@@ -22,8 +22,13 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
 use crate::checksum::Sum;
+use crate::tls::Tls;
 use crate::wire::{self, DENIED, GOOD, INVALID, Name, RANGES_MAX, Request, STALL_MAX, limited};
 use crate::{Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
+
+mod socket;
+
+pub(crate) use socket::Socket;
 
 pub(crate) const NAME: &str = "tcp";
 
@@ -39,8 +44,11 @@ const PARTS_MAX: usize = 256;
 /// A lane without requests is closed by the owner after this.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 
-/// Bytes over TCP.
-pub(crate) struct Tcp;
+/// Bytes over TCP, and with TLS over nothing else.
+#[derive(Clone, Default)]
+pub(crate) struct Tcp {
+    pub(crate) tls: Option<Tls>,
+}
 
 #[async_trait]
 impl Transport for Tcp {
@@ -66,7 +74,8 @@ impl Transport for Tcp {
             });
         }
         let name = Name { incarnation, id: seam::random_u128() };
-        let owner = Arc::new(Owner { region, gate, name, closed: AtomicBool::new(false) });
+        let owner =
+            Arc::new(Owner { region, gate, name, tls: self.tls.clone(), closed: AtomicBool::new(false) });
         let tasks = Tasks::new();
         tasks.spawn(accept(listener, owner.clone()));
         let serving = Serving { owner, _tasks: tasks };
@@ -80,6 +89,7 @@ impl Transport for Tcp {
         let peer = TcpPeer {
             address: address.ok_or_else(|| malformed("it has no address"))?.to_owned(),
             name: Name::from_bytes(name),
+            tls: self.tls.clone(),
             lanes: Mutex::default(),
             permits: Semaphore::new(LANES),
             closed: watch::Sender::new(false),
@@ -100,6 +110,7 @@ struct Owner {
     region: Arc<Region>,
     gate: Arc<dyn Gate>,
     name: Name,
+    tls: Option<Tls>,
     closed: AtomicBool,
 }
 
@@ -140,17 +151,21 @@ async fn accept(listener: TcpListener, owner: Arc<Owner>) {
 }
 
 impl Owner {
-    async fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
+    async fn serve(&self, stream: TcpStream) -> io::Result<()> {
         stream.set_nodelay(true)?;
+        let mut stream = match &self.tls {
+            Some(tls) => limited(STALL_MAX, tls.accept(stream)).await?,
+            None => Socket::plain(stream),
+        };
         let known = wire::read_hello(&mut stream, MAGIC).await? == self.name;
         self.check_open()?;
-        stream.write_all(&wire::hello_answer(MAGIC, known, &self.region)).await?;
+        say(&mut stream, &wire::hello_answer(MAGIC, known, &self.region)).await?;
         if !known {
             return Ok(());
         }
         loop {
             let Some(request) = wire::read_request(&mut stream, IDLE_MAX).await? else {
-                return stream.write_all(&[INVALID]).await;
+                return say(&mut stream, &[INVALID]).await;
             };
             limited(request.limit, self.answer(&mut stream, &request)).await?;
         }
@@ -163,14 +178,14 @@ impl Owner {
         }
     }
 
-    async fn answer(&self, stream: &mut TcpStream, request: &Request) -> io::Result<()> {
+    async fn answer(&self, stream: &mut Socket, request: &Request) -> io::Result<()> {
         let ranges = &request.ranges;
         if !ranges.iter().all(|range| self.region.contains(range.offset, range.len)) {
-            return stream.write_all(&[INVALID]).await;
+            return say(stream, &[INVALID]).await;
         }
         self.check_open()?;
         let Ok(permit) = self.gate.begin(request.claim, ranges) else {
-            return stream.write_all(&[DENIED]).await;
+            return say(stream, &[DENIED]).await;
         };
         // SAFETY: inside the region, as checked; the permit keeps everybody from writing to these bytes until it
         // drops, which is after the last use of the slices.
@@ -182,8 +197,14 @@ impl Owner {
     }
 }
 
+/// Writes a few bytes.
+async fn say(stream: &mut Socket, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes).await?;
+    stream.flush().await
+}
+
 /// Writes all parts, as many per system call as it takes.
-async fn write_all(stream: &mut TcpStream, parts: &mut VecDeque<&[u8]>) -> io::Result<()> {
+async fn write_all(stream: &mut Socket, parts: &mut VecDeque<&[u8]>) -> io::Result<()> {
     while !parts.is_empty() {
         let slices: Vec<io::IoSlice<'_>> =
             parts.iter().take(PARTS_MAX).map(|part| io::IoSlice::new(part)).collect();
@@ -201,7 +222,7 @@ async fn write_all(stream: &mut TcpStream, parts: &mut VecDeque<&[u8]>) -> io::R
             parts.pop_front();
         }
     }
-    Ok(())
+    limited(STALL_MAX, stream.flush()).await
 }
 
 // ---------------------------------------------------------------------- the puller
@@ -210,6 +231,7 @@ struct TcpPeer {
     /// Host and port.
     address: String,
     name: Name,
+    tls: Option<Tls>,
     /// Lanes without a pull.
     lanes: Mutex<Vec<Lane>>,
     permits: Semaphore,
@@ -217,7 +239,7 @@ struct TcpPeer {
 }
 
 struct Lane {
-    stream: TcpStream,
+    stream: Socket,
     remote_len: u64,
 }
 
@@ -225,8 +247,13 @@ impl TcpPeer {
     async fn open_lane(&self, deadline: Time) -> Result<Lane, Error> {
         let unreachable = |reason: String| Error::Unreachable { transport: NAME, reason };
         let open = async {
-            let mut stream = seam::connect(&*self.address).await?;
-            stream.write_all(&wire::hello(MAGIC, self.name)).await?;
+            let stream = seam::connect(&*self.address).await?;
+            let host = self.address.rsplit_once(':').map_or("", |(host, _)| host);
+            let mut stream = match &self.tls {
+                Some(tls) => tls.connect(stream, host).await?,
+                None => Socket::plain(stream),
+            };
+            say(&mut stream, &wire::hello(MAGIC, self.name)).await?;
             let mut answer = [0; wire::ANSWER_BYTES];
             stream.read_exact(&mut answer).await?;
             Ok::<_, io::Error>((stream, answer))
@@ -309,7 +336,7 @@ impl Lane {
             let begin = batch * RANGES_MAX;
             let end = pull.remote.len().min(begin + RANGES_MAX);
             let ranges = &pull.remote[begin..end];
-            self.stream.write_all(&wire::request(pull.claim, ranges, pull.deadline)).await?;
+            say(&mut self.stream, &wire::request(pull.claim, ranges, pull.deadline)).await?;
             match self.stream.read_u8().await? {
                 GOOD => {}
                 DENIED => return Ok(Answer::Denied),
@@ -322,7 +349,7 @@ impl Lane {
             let places = places
                 .map(|(range, &local)| unsafe { pull.local.slice_mut(local as usize, range.len as usize) });
             let mut filling = Filling::new(places.collect(), pull.checksums);
-            filling.read_all(&self.stream).await?;
+            filling.read_all(&mut self.stream).await?;
             sums.extend(filling.sums);
         }
         Ok(Answer::Good(sums))
@@ -335,6 +362,8 @@ struct Filling<'a> {
     /// The place whose turn it is, and how much of it is filled. A full one's turn is over.
     place: usize,
     filled: usize,
+    /// Bytes to come.
+    rest: usize,
     sum: Sum,
     summed: bool,
     sums: Vec<u64>,
@@ -343,13 +372,15 @@ struct Filling<'a> {
 impl<'a> Filling<'a> {
     fn new(places: Vec<&'a mut [u8]>, summed: bool) -> Filling<'a> {
         let sum = Sum::new(places.first().map_or(0, |place| place.len()));
-        let mut filling = Filling { places, place: 0, filled: 0, sum, summed, sums: Vec::new() };
+        let rest = places.iter().map(|place| place.len()).sum();
+        let mut filling = Filling { places, place: 0, filled: 0, rest, sum, summed, sums: Vec::new() };
         filling.take(0);
         filling
     }
 
     /// So many bytes have come.
     fn take(&mut self, mut bytes: usize) {
+        self.rest -= bytes;
         while let Some(place) = self.places.get(self.place) {
             let more = bytes.min(place.len() - self.filled);
             self.filled += more;
@@ -371,7 +402,7 @@ impl<'a> Filling<'a> {
     }
 
     /// Fills all places, as many per system call as it takes.
-    async fn read_all(&mut self, stream: &TcpStream) -> io::Result<()> {
+    async fn read_all(&mut self, stream: &mut Socket) -> io::Result<()> {
         let mut turn = 0;
         while self.place < self.places.len() {
             if turn >= TURN_BYTES {
@@ -379,24 +410,18 @@ impl<'a> Filling<'a> {
                 tokio::task::yield_now().await;
                 turn = 0;
             }
-            stream.readable().await?;
-            let mut slices: Vec<io::IoSliceMut<'_>> = self.places[self.place..]
-                .iter_mut()
-                .take(PARTS_MAX)
-                .map(|p| io::IoSliceMut::new(p))
-                .collect();
+            let places = self.places[self.place..].iter_mut().filter(|place| !place.is_empty());
+            let mut slices: Vec<io::IoSliceMut<'_>> =
+                places.take(PARTS_MAX).map(|place| io::IoSliceMut::new(place)).collect();
             slices[0].advance(self.filled);
-            match stream.try_read_vectored(&mut slices) {
-                Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-                Ok(read) => {
-                    turn += read;
-                    self.take(read);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
+            let read = stream.read_vectored(&mut slices, self.rest).await?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            turn += read;
+            self.take(read);
         }
-        Ok(())
+        stream.rest()
     }
 }
 

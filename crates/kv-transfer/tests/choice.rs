@@ -7,7 +7,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use tandem_chassis::seam;
 use tandem_kv_transfer::{
-    ByteRange, Denied, Error, Exported, Gate, Permit, Pull, TRANSPORTS, checksum, connect_best,
+    ByteRange, Denied, Error, Exported, Gate, Options, Permit, Pull, TRANSPORTS, checksum, connect_best,
 };
 use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
@@ -33,7 +33,9 @@ async fn export_all() -> (Vec<Exported>, Vec<Export>) {
     let (region, bind) = (filled(|i| ((i * 31) >> 3) as u8), IpAddr::V4(Ipv4Addr::LOCALHOST));
     let mut exported = Vec::new();
     for row in TRANSPORTS {
-        let export = (row.make)().export(region.clone(), Arc::new(Open), Incarnation(7), bind).await;
+        let export = (row.make)(&Options::default())
+            .export(region.clone(), Arc::new(Open), Incarnation(7), bind)
+            .await;
         exported.push(export.expect("it exports"));
     }
     // The order of a handle says nothing.
@@ -48,15 +50,15 @@ fn soon() -> Time {
 #[tokio::test]
 async fn the_best_that_connects_is_taken() {
     let (_exported, mut exports) = export_all().await;
-    assert_eq!(connect_best(&exports, "auto", soon()).await.expect("a way").0, "inproc");
-    assert_eq!(connect_best(&exports, "tcp", soon()).await.expect("a way").0, "tcp");
+    assert_eq!(connect_best(&exports, "auto", &Options::default(), soon()).await.expect("a way").0, "inproc");
+    assert_eq!(connect_best(&exports, "tcp", &Options::default(), soon()).await.expect("a way").0, "tcp");
     // An owner in another process, and then on another host: its id means nothing here.
     for (lost, next) in [("inproc", "shm"), ("shm", "tcp")] {
         let export = exports.iter_mut().find(|export| export.transport == lost).expect("a row");
         // `inproc` begins with the id, `shm` ends with it.
         let at = if lost == "inproc" { 0 } else { export.blob.len() - 1 };
         export.blob[at] ^= 1;
-        assert_eq!(connect_best(&exports, "auto", soon()).await.expect("a way").0, next);
+        assert_eq!(connect_best(&exports, "auto", &Options::default(), soon()).await.expect("a way").0, next);
     }
 }
 
@@ -64,14 +66,22 @@ async fn the_best_that_connects_is_taken() {
 async fn where_nothing_connects_every_reason_is_said() {
     let (exported, exports) = export_all().await;
     drop(exported);
-    let refused = connect_best(&exports, "auto", soon()).await.err().expect("nobody is there").to_string();
+    let refused = connect_best(&exports, "auto", &Options::default(), soon())
+        .await
+        .err()
+        .expect("nobody is there")
+        .to_string();
     assert!(refused.contains("inproc: ") && refused.contains("tcp: "), "{refused}");
-    let refused = connect_best(&exports, "rdma", soon()).await.err().expect("there is none").to_string();
+    let refused = connect_best(&exports, "rdma", &Options::default(), soon())
+        .await
+        .err()
+        .expect("there is none")
+        .to_string();
     assert!(
         refused.contains("allowed here: rdma") && refused.contains("offered there: tcp, shm, inproc"),
         "{refused}"
     );
-    assert!(connect_best(&[], "auto", soon()).await.is_err());
+    assert!(connect_best(&[], "auto", &Options::default(), soon()).await.is_err());
 }
 
 #[tokio::test]
@@ -83,7 +93,7 @@ async fn a_restarted_owner_is_said_to_be_one_whatever_the_way() {
         export.blob[at + 7] = 8;
     }
     for allowed in ["auto", "inproc", "shm", "tcp"] {
-        let refused = connect_best(&exports, allowed, soon()).await.err();
+        let refused = connect_best(&exports, allowed, &Options::default(), soon()).await.err();
         assert!(matches!(refused, Some(Error::StaleIncarnation { .. })), "{refused:?}");
     }
 }
@@ -106,7 +116,7 @@ proptest! {
         runtime.block_on(async {
             let (_exported, exports) = export_all().await;
             for row in TRANSPORTS {
-                let (_, peer) = connect_best(&exports, row.name, soon()).await.expect("a way");
+                let (_, peer) = connect_best(&exports, row.name, &Options::default(), soon()).await.expect("a way");
                 let local = filled(|i| !(i as u8));
                 let pull = Pull {
                     claim: ClaimId(1),

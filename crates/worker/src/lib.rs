@@ -125,6 +125,7 @@ pub async fn start(
     progress: Progress,
 ) -> Result<Running, StartError> {
     config.check().map_err(StartError::Config)?;
+    let transports = config.transport_options().map_err(StartError::Config)?;
     // The admin port drains this worker alone; the process's own end comes from above.
     let process = shutdown;
     let shutdown = process.child();
@@ -144,7 +145,7 @@ pub async fn start(
     // filled before anybody can have a claim.
     let gate = Arc::new(lender::LateGate::default());
     let region = engine.kv_region();
-    let exports = export(&config, region.clone(), gate.clone(), incarnation).await?;
+    let exports = export(&config, &transports, region.clone(), gate.clone(), incarnation).await?;
     let model = config.model_name.clone().unwrap_or_else(|| facts.model.clone());
     let constants = Constants {
         id: WorkerId(id.clone()),
@@ -189,8 +190,8 @@ pub async fn start(
         threads,
     });
     let tasks = Arc::new(Tasks::new());
-    let pulls =
-        pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), config.transport.clone(), checksums);
+    let ways = pull::Ways { transport: config.transport.clone(), options: transports };
+    let pulls = pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), ways, checksums);
     tasks.spawn(pulls.run(pull_commands, shutdown.clone()));
     let lender_service =
         lender::LenderService { shared: shared.clone(), tasks: tasks.clone(), region, pages };
@@ -300,13 +301,14 @@ fn advertised_host(config: &WorkerConfig) -> String {
 
 async fn export(
     config: &WorkerConfig,
+    options: &tandem_kv_transfer::Options,
     region: Arc<tandem_memory::Region>,
     gate: Arc<lender::LateGate>,
     incarnation: Incarnation,
 ) -> Result<Vec<Exported>, StartError> {
     let mut exports = Vec::new();
     for row in tandem_kv_transfer::allowed(&config.transport) {
-        match (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await {
+        match (row.make)(options).export(region.clone(), gate.clone(), incarnation, config.bind).await {
             Ok(mut exported) => {
                 exported.advertise(&advertised_host(config));
                 exports.push(exported);

@@ -35,7 +35,8 @@ impl Gate for Open {
 async fn export() -> (Exported, Arc<AtomicUsize>) {
     let (gate, region) = (Open::default(), Arc::new(Region::anonymous(REGION).unwrap()));
     let out = gate.0.clone();
-    let exported = Tcp.export(region, Arc::new(gate), OWNER, Ipv4Addr::LOCALHOST.into()).await.unwrap();
+    let exported =
+        Tcp::default().export(region, Arc::new(gate), OWNER, Ipv4Addr::LOCALHOST.into()).await.unwrap();
     (exported, out)
 }
 
@@ -129,7 +130,7 @@ async fn a_lane_of_another_export_is_refused() {
 #[tokio::test]
 async fn an_idle_lane_that_its_owner_has_closed_is_replaced() {
     let (exported, _) = export().await;
-    let peer = Tcp.connect(exported.export(), soon()).await.unwrap();
+    let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
     for _ in 0..3 {
         tokio::time::pause();
         tokio::time::advance(IDLE_MAX + Duration::from_secs(1)).await;
@@ -180,10 +181,10 @@ async fn connections_beyond_the_bound_wait_for_a_place() {
         lanes.push(lane(&exported).await);
     }
     let brief = seam::now() + Duration::from_millis(100);
-    let refused = Tcp.connect(exported.export(), brief).await.err().unwrap();
+    let refused = Tcp::default().connect(exported.export(), brief).await.err().unwrap();
     assert!(refused.to_string().contains("does not answer"), "{refused}");
     lanes.truncate(CONNECTIONS_MAX - 2);
-    let peer = Tcp.connect(exported.export(), soon()).await.unwrap();
+    let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
     assert_eq!(pull_a_little(&*peer).await.bytes, Ok(100));
 }
 
@@ -191,14 +192,15 @@ async fn connections_beyond_the_bound_wait_for_a_place() {
 async fn an_address_that_means_all_is_replaced_by_the_one_that_is_advertised() {
     let region = Arc::new(Region::anonymous(4096).unwrap());
     let everywhere = Ipv4Addr::UNSPECIFIED.into();
-    let mut exported = Tcp.export(region, Arc::new(Open::default()), OWNER, everywhere).await.unwrap();
+    let mut exported =
+        Tcp::default().export(region, Arc::new(Open::default()), OWNER, everywhere).await.unwrap();
     let (host, port) = address(&exported).rsplit_once(':').unwrap();
     assert_eq!(host, "127.0.0.1", "on this host that does");
     let port = port.to_owned();
-    Tcp.connect(exported.export(), soon()).await.unwrap();
+    Tcp::default().connect(exported.export(), soon()).await.unwrap();
     exported.advertise("localhost");
     assert_eq!(address(&exported), format!("localhost:{port}"));
-    Tcp.connect(exported.export(), soon()).await.unwrap();
+    Tcp::default().connect(exported.export(), soon()).await.unwrap();
     for six in ["::1", "[::1]"] {
         exported.advertise(six);
         assert_eq!(address(&exported), format!("[::1]:{port}"));
@@ -216,7 +218,8 @@ async fn somebody_else_at_the_address_is_not_taken_for_an_owner() {
         stream
     };
     let export = Export { transport: NAME.to_owned(), blob };
-    let (refused, _stream) = tokio::join!(Tcp.connect(&export, soon()), other);
+    let tcp = Tcp::default();
+    let (refused, _stream) = tokio::join!(tcp.connect(&export, soon()), other);
     assert!(refused.err().unwrap().to_string().contains("not a lane of ours"));
 }
 
@@ -234,7 +237,7 @@ proptest! {
                 false => seam::connect(address(&exported)).await.unwrap(),
             };
             stream.write_all(&garbage).await.unwrap();
-            let peer = Tcp.connect(exported.export(), soon()).await.unwrap();
+            let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
             assert_eq!(pull_a_little(&*peer).await.bytes, Ok(100));
             drop(stream);
             until(&out, 0).await;
