@@ -16,10 +16,15 @@ use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::checksum;
 use crate::{
     Buffers, ByteRange, Completion, Denied, Error, Exported, Gate, Options, Peer, Permit, Pull, PullError,
     Row, Transport,
 };
+
+mod processes;
+
+pub use processes::{owner, run_with_processes};
 
 const REGION: usize = 32 << 20;
 const OWNER: Incarnation = Incarnation(0x5eed_1234_abcd_0007);
@@ -63,6 +68,8 @@ pub async fn run(row: &'static Row, options: &Options) {
         ("what_is_outside_is_refused", Box::pin(what_is_outside_is_refused(row))),
         ("a_claim_that_does_not_stand_brings_nothing", Box::pin(a_claim_that_does_not_stand(row))),
         ("a_claim_that_ends_midway", Box::pin(a_claim_that_ends_midway(row))),
+        ("a_claim_superseded_midway", Box::pin(a_claim_superseded_midway(row))),
+        ("checksums_are_those_of_what_arrived", Box::pin(checksums_are_those_of_what_arrived(row))),
         ("a_stale_export_is_told_apart", Box::pin(a_stale_export_is_told_apart(row))),
         ("a_peer_that_is_gone", Box::pin(a_peer_that_is_gone(row))),
         ("a_peer_that_dies_midway", Box::pin(a_peer_that_dies_midway(row))),
@@ -253,7 +260,24 @@ async fn begin<'a>(peer: &'a dyn Peer, pull: Pull, gate: &TestGate) -> Result<Mi
 
 fn assert_gone(row: &Row, done: &Completion) {
     assert!(matches!(done.bytes, Err(PullError::PeerGone(_))), "{}: {:?}", row.name, done.bytes);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
+    assert!(done.checksums.is_empty(), "{}: what is not whole has no checksums", row.name);
+}
+
+/// Waits until the destination may be reused, for backends that need longer for that than for an answer.
+async fn let_go(row: &Row, done: Completion) {
+    if let Buffers::Quarantined(released) = done.buffers {
+        let released = seam::timeout(SOON, released).await.is_ok();
+        assert!(released, "{}: quarantine ends", row.name);
+    }
+}
+
+/// Uses a destination again that was let go of, and sees whether anybody else still does.
+async fn assert_ours(row: &Row, peer: &dyn Peer, local: &Region) {
+    // SAFETY: the buffers may be reused, so the bytes are ours again.
+    unsafe { fill(local) };
+    // Another pull over the same peer, so that a late writer has its chance.
+    let _ = peer.pull(pull(&[(7, 1000)], &self::local())).await;
+    assert!(is_filled(local), "{}: a late write", row.name);
 }
 
 async fn assert_still_good(row: &Row, peer: &dyn Peer) {
@@ -386,6 +410,51 @@ async fn a_claim_that_ends_midway(row: &'static Tested) {
     assert_still_good(row, &*peer).await;
 }
 
+/// A newer attempt does not wait for what an older one has under way, and does not harm it.
+async fn a_claim_superseded_midway(row: &'static Tested) {
+    let bench = Bench::new(row).await;
+    let peer = bench.connect().await;
+    let (older, newer) = (local(), local());
+    let midway = begin(&*peer, everything(&older), &bench.gate).await.expect("it takes longer");
+    let next = ClaimId(43);
+    bench.gate.set(CLAIM, false);
+    bench.gate.set(next, true);
+    let done = peer.pull(Pull { claim: next, ..everything(&newer) }).await;
+    assert_eq!(done.bytes, Ok(REGION as u64), "{}: the newer claim's pull", row.name);
+    assert!(holds(&newer, &[(0, REGION as u64)]), "{}: and is whole", row.name);
+    drop(midway);
+    bench.gate.all_given_back().await;
+}
+
+/// Of the bytes at their destination, so that a fault in the owner's memory, on the way and in ours is seen.
+async fn checksums_are_those_of_what_arrived(row: &'static Tested) {
+    let region = Region::shared(1 << 20).expect("memory");
+    // SAFETY: nobody else knows this region yet.
+    unsafe { region.slice_mut(0, 1 << 20) }.copy_from_slice(bytes(remote(), 0, 1 << 20));
+    let region = Arc::new(region);
+    let gate = Arc::new(TestGate::default());
+    gate.set(CLAIM, true);
+    let exported = Bench::export(row, gate, region.clone()).await;
+    let peer = row.transport().connect(exported.export(), soon()).await.expect("it connects");
+    let ranges = [(0, 1), (100, 0), (1000, 240), (2000, 100_000), (200_000, 700_001), (1_000_000, 4096)];
+    let sums = |region: &Region| -> Vec<u64> {
+        ranges.iter().map(|&(offset, len)| checksum(bytes(region, offset, len))).collect()
+    };
+    let good = sums(&region);
+    let local = local();
+    let asked = || Pull { checksums: true, ..pull(&ranges, &local) };
+    assert_eq!(peer.pull(asked()).await.checksums, good, "{}", row.name);
+    assert!(peer.pull(pull(&ranges, &local)).await.checksums.is_empty(), "{}: nobody asked", row.name);
+    // SAFETY: no pull is under way.
+    let byte = unsafe { region.slice_mut(299_999, 1) };
+    byte[0] ^= 0x20;
+    let done = peer.pull(asked()).await;
+    assert!(done.bytes.is_ok(), "{}: a transport does not judge", row.name);
+    assert_eq!(done.checksums, sums(&local), "{}: what is here now", row.name);
+    let wrong: Vec<usize> = (0..ranges.len()).filter(|&i| done.checksums[i] != good[i]).collect();
+    assert_eq!(wrong, [4], "{}: the range that went wrong, and no other", row.name);
+}
+
 async fn a_stale_export_is_told_apart(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let mut stale = bench.exported.export().clone();
@@ -414,7 +483,10 @@ async fn a_peer_that_dies_midway(row: &'static Tested) {
     let local = local();
     let midway = begin(&*peer, everything(&local), &bench.gate).await.expect("it takes longer");
     drop(bench.exported);
-    assert_gone(row, &midway.await);
+    let done = midway.await;
+    assert_gone(row, &done);
+    let_go(row, done).await;
+    assert_ours(row, &*peer, &local).await;
     bench.gate.all_given_back().await;
     assert_gone(row, &peer.pull(pull(&[(0, 100)], &local)).await);
 }
@@ -437,7 +509,7 @@ async fn a_peer_that_stops_midway(row: &'static Tested) {
     let thaw = elsewhere.freeze().await;
     let done = midway.await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}: a hung peer costs the deadline", row.name);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
+    let_go(row, done).await;
     let refused = row.transport().connect(&elsewhere.export, seam::now() + Duration::from_millis(200)).await;
     assert!(refused.is_err(), "{}: a connection stands only if somebody answers", row.name);
     // SAFETY: the buffers may be reused, so the bytes are ours again.
@@ -467,11 +539,15 @@ async fn a_pull_cancelled_midway(row: &'static Tested) {
 async fn a_peer_closed_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
-    let midway = begin(&*peer, everything(&local()), &bench.gate).await.expect("it takes longer");
+    let local = local();
+    let midway = begin(&*peer, everything(&local), &bench.gate).await.expect("it takes longer");
     peer.close();
-    assert_gone(row, &midway.await);
+    let done = midway.await;
+    assert_gone(row, &done);
+    let_go(row, done).await;
+    assert_ours(row, &*peer, &local).await;
     bench.gate.all_given_back().await;
-    assert_gone(row, &peer.pull(pull(&[(0, 100)], &local())).await);
+    assert_gone(row, &peer.pull(pull(&[(0, 100)], &local)).await);
     assert_still_good(row, &*bench.connect().await).await;
 }
 
@@ -502,7 +578,8 @@ async fn a_deadline_that_passes_midway(row: &'static Tested) {
     seam::sleep_until(deadline).await;
     let done = midway.await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}", row.name);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
+    let_go(row, done).await;
+    assert_ours(row, &*peer, &local).await;
     bench.gate.all_given_back().await;
     assert_still_good(row, &*peer).await;
 }

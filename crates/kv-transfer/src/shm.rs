@@ -390,3 +390,6 @@ impl Peer for ShmPeer {
         self.lanes().clear();
     }
 }
+
+#[cfg(test)]
+mod tests;

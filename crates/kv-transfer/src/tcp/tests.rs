@@ -223,6 +223,53 @@ async fn somebody_else_at_the_address_is_not_taken_for_an_owner() {
     assert!(refused.err().unwrap().to_string().contains("not a lane of ours"));
 }
 
+/// Passes everything on, and turns one bit of the `at`th byte that the owner says.
+async fn tampers(listener: TcpListener, address: String, mut at: usize) {
+    let (mut puller, _) = listener.accept().await.unwrap();
+    let mut owner = seam::connect(&*address).await.unwrap();
+    let (mut asks, mut hears) = puller.split();
+    let (mut answers, mut passes) = owner.split();
+    let there = tokio::io::copy(&mut asks, &mut passes);
+    let back = async {
+        let mut buffer = [0; 4096];
+        loop {
+            let count = answers.read(&mut buffer).await.unwrap_or(0);
+            if count == 0 {
+                return;
+            }
+            if let Some(byte) = buffer[..count].get_mut(at) {
+                *byte ^= 4;
+            }
+            at = at.wrapping_sub(count);
+            hears.write_all(&buffer[..count]).await.unwrap();
+        }
+    };
+    let _ = tokio::join!(there, back);
+}
+
+#[tokio::test]
+async fn a_bit_that_turns_on_the_way_shows_in_the_checksum_of_its_range() {
+    let (exported, _) = export().await;
+    let listener = seam::listen("127.0.0.1:0").await.unwrap();
+    let mut export = exported.export().clone();
+    export.blob.truncate(24);
+    export.blob.extend(listener.local_addr().unwrap().to_string().into_bytes());
+    // After the hello and the status, in the second range.
+    let tampers = seam::spawn(tampers(listener, address(&exported).to_owned(), 14 + 1000 + 77));
+    let peer = Tcp::default().connect(&export, soon()).await.unwrap();
+    let local = Arc::new(Region::anonymous(3000).unwrap());
+    let remote = vec![ByteRange { offset: 0, len: 1000 }; 3];
+    let (claim, local_offsets) = (ClaimId(1), vec![0, 1000, 2000]);
+    let pull = Pull { claim, remote, local, local_offsets, checksums: true, deadline: soon() };
+    let good = crate::checksum(&[0; 1000]);
+    let first = peer.pull(pull.clone()).await.checksums;
+    assert_eq!((first[0], first[2]), (good, good));
+    assert_ne!(first[1], good);
+    assert_eq!(peer.pull(pull).await.checksums, [good; 3], "the second time it goes well");
+    drop(peer);
+    tampers.abort();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 
