@@ -29,7 +29,7 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Capacity, Kind, Membership, Registration};
 use tandem_engine::{Engine, LoadError, Options};
 use tandem_kv_cache::KvCache;
-use tandem_kv_transfer::{Exported, TRANSPORTS};
+use tandem_kv_transfer::Exported;
 use tandem_proto::v1::lender_server::LenderServer;
 use tandem_proto::v1::worker_server::WorkerServer;
 use tandem_types::{BLOCK_TOKENS, Epoch, Incarnation, WorkerId, WorkerState};
@@ -131,6 +131,7 @@ pub async fn start(
     progress: Progress,
 ) -> Result<Running, StartError> {
     config.check().map_err(StartError::Config)?;
+    let transports = config.transport_options().map_err(StartError::Config)?;
     // The admin port drains this worker alone; the process's own end comes from above.
     let process = shutdown;
     let shutdown = process.child();
@@ -151,7 +152,7 @@ pub async fn start(
     let gate = Arc::new(lender::LateGate::default());
     let region = engine.kv_region();
     let kv = Arc::downgrade(&region);
-    let exports = export(&config, region.clone(), gate.clone(), incarnation).await?;
+    let exports = export(&config, &transports, region.clone(), gate.clone(), incarnation).await?;
     let model = config.model_name.clone().unwrap_or_else(|| facts.model.clone());
     let constants = Constants {
         id: WorkerId(id.clone()),
@@ -197,8 +198,8 @@ pub async fn start(
         threads,
     });
     let tasks = Arc::new(Tasks::new());
-    let pulls =
-        pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), config.transport.clone(), checksums);
+    let ways = pull::Ways { transport: config.transport.clone(), options: transports };
+    let pulls = pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), ways, checksums);
     tasks.spawn(pulls.run(pull_commands, shutdown.clone()));
     let lender_service =
         lender::LenderService { shared: shared.clone(), tasks: tasks.clone(), region, pages };
@@ -274,7 +275,7 @@ async fn load(
         kv_bytes: config.kv_memory.0,
         depth: 0,
         progress,
-        shared_memory: false,
+        shared_memory: tandem_kv_transfer::allowed(&config.transport).any(|row| row.shared_memory),
     };
     let fake = config.fake.clone();
     let (send, loaded) = tokio::sync::oneshot::channel();
@@ -308,22 +309,25 @@ fn advertised_host(config: &WorkerConfig) -> String {
 
 async fn export(
     config: &WorkerConfig,
+    options: &tandem_kv_transfer::Options,
     region: Arc<tandem_memory::Region>,
     gate: Arc<lender::LateGate>,
     incarnation: Incarnation,
 ) -> Result<Vec<Exported>, StartError> {
     let mut exports = Vec::new();
-    for row in TRANSPORTS {
-        if config.transport != "auto" && config.transport != row.name {
-            continue;
+    for row in tandem_kv_transfer::allowed(&config.transport) {
+        match (row.make)(options).export(region.clone(), gate.clone(), incarnation, config.bind).await {
+            Ok(mut exported) => {
+                exported.advertise(&advertised_host(config));
+                exports.push(exported);
+            }
+            // What was asked for by its name is not left out.
+            Err(error) if config.transport == row.name => return Err(StartError::Export(error.to_string())),
+            Err(error) => tracing::warn!(%error, "the KV memory cannot be reached this way"),
         }
-        let exported = (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await;
-        let mut exported = exported.map_err(|error| StartError::Export(format!("{}: {error}", row.name)))?;
-        exported.advertise(&advertised_host(config));
-        exports.push(exported);
     }
     if exports.is_empty() {
-        return Err(StartError::Export(format!("no transport is called {:?}", config.transport)));
+        return Err(StartError::Export(format!("no transport works here for {:?}", config.transport)));
     }
     Ok(exports)
 }
