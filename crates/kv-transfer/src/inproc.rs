@@ -6,6 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, Weak};
 
 use async_trait::async_trait;
+use tandem_chassis::fail::{self, Passage};
 use tandem_chassis::seam;
 use tandem_memory::Region;
 use tandem_types::{Export, Incarnation, Time};
@@ -98,7 +99,14 @@ impl InprocPeer {
         };
         let bytes = check(pull, exporting.region.len() as u64)?;
         may_go_on()?;
+        let passage = fail::pass("pull.gate", "").await;
+        if matches!(passage, Passage::Lost | Passage::Broken) {
+            return Err(PullError::Denied);
+        }
         let permit = exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?;
+        if passage == Passage::Twice {
+            drop(exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?);
+        }
         let source = exporting.region.clone();
         // SAFETY: the ranges are inside the region, as checked. The permit keeps the owner from writing to the source
         // until it drops, after the copy; the caller of `pull` owns the destination until the completion.

@@ -64,7 +64,7 @@ impl Transport for Tcp {
         bind: IpAddr,
     ) -> Result<Exported, Error> {
         let failed = |error: io::Error| Error::Unreachable { transport: NAME, reason: error.to_string() };
-        let listener = seam::listen(SocketAddr::new(bind, 0)).await.map_err(failed)?;
+        let listener = seam::listen_tcp(SocketAddr::new(bind, 0)).await.map_err(failed)?;
         let mut address = listener.local_addr().map_err(failed)?;
         if address.ip().is_unspecified() {
             // No address, but it does on this host; `Exported::advertise` says better where that matters.
@@ -247,7 +247,7 @@ impl TcpPeer {
     async fn open_lane(&self, deadline: Time) -> Result<Lane, Error> {
         let unreachable = |reason: String| Error::Unreachable { transport: NAME, reason };
         let open = async {
-            let stream = seam::connect(&*self.address).await?;
+            let stream = seam::connect_tcp(&*self.address).await?;
             let host = self.address.rsplit_once(':').map_or("", |(host, _)| host);
             let mut stream = match &self.tls {
                 Some(tls) => tls.connect(stream, host).await?,

@@ -7,6 +7,7 @@
 mod admin;
 mod config;
 mod core;
+mod faulty;
 mod fetch;
 mod lender;
 mod metrics;
@@ -33,7 +34,8 @@ use tandem_kv_transfer::Exported;
 use tandem_proto::v1::lender_server::LenderServer;
 use tandem_proto::v1::worker_server::WorkerServer;
 use tandem_types::{BLOCK_TOKENS, Epoch, Incarnation, WorkerId, WorkerState};
-use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
 pub use config::{Numerics, Switch, WorkerConfig};
 pub use process::process_main;
@@ -186,8 +188,8 @@ pub async fn start(
     let checksums = config.checksums == Switch::On;
 
     let stopped = Arc::new(AtomicBool::new(false));
-    let (step_thread, shared, pull_commands) =
-        start_step_loop(&id, core, metrics, engine, &config, stopped.clone());
+    let (steps, shared, pull_commands) =
+        start_step_loop(&id, core, metrics, engine, &config, stopped.clone(), shutdown.clone());
     gate.fill(lender::LeaseGate { shared: shared.clone(), pages: pages.clone() });
 
     let identity = Arc::new(Identity {
@@ -250,7 +252,7 @@ pub async fn start(
         roles,
         exports,
         stopped,
-        step_thread,
+        steps,
         drain_timeout: config.drain_timeout.0,
     };
     let done = seam::spawn(end.wait());
@@ -278,18 +280,22 @@ async fn load(
         shared_memory: tandem_kv_transfer::allowed(&config.transport).any(|row| row.shared_memory),
     };
     let fake = config.fake.clone();
+    let load = move || match fake {
+        Some(spec) => tandem_engine::fake::fake(spec, &dir, options),
+        None => tandem_engine::load(&dir, options),
+    };
+    if seam::simulated() {
+        // Virtual time would not wait for a thread.
+        return Ok(load()?);
+    }
     let (send, loaded) = tokio::sync::oneshot::channel();
     seam::thread("load", move || {
-        let engine = match fake {
-            Some(spec) => tandem_engine::fake::fake(spec, &dir, options),
-            None => tandem_engine::load(&dir, options),
-        };
-        let _ = send.send(engine);
+        let _ = send.send(load());
     });
     Ok(loaded.await.map_err(|_| StartError::Config("loading the model panicked; see the log".into()))??)
 }
 
-async fn listen(bind: IpAddr, port: u16) -> Result<(TcpListener, SocketAddr), StartError> {
+async fn listen(bind: IpAddr, port: u16) -> Result<(seam::Listener, SocketAddr), StartError> {
     let address = SocketAddr::new(bind, port);
     let failed = |source| StartError::Listen { address, source };
     let listener = seam::listen(address).await.map_err(failed)?;
@@ -332,10 +338,45 @@ async fn export(
     Ok(exports)
 }
 
-type StepThread =
-    (std::thread::JoinHandle<()>, Arc<Shared>, tokio::sync::mpsc::UnboundedReceiver<shared::PullCommand>);
+/// Who turns the step loop.
+enum Driver {
+    Thread(std::thread::JoinHandle<()>),
+    /// In a simulated world.
+    Task(JoinHandle<()>, Arc<Notify>),
+}
 
-/// The thread that turns the step loop; it is woken by everything that changes the state.
+impl Driver {
+    /// Waits for the loop, which has been told to stop. An error is its panic.
+    async fn join(self) -> std::thread::Result<()> {
+        match self {
+            Driver::Thread(thread) => {
+                thread.thread().unpark();
+                let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+                joined.expect("waiting for a thread does not panic")
+            }
+            Driver::Task(task, wake) => {
+                wake.notify_one();
+                task.await.map_err(|error| match error.try_into_panic() {
+                    Ok(panic) => panic,
+                    Err(cancelled) => Box::new(cancelled.to_string()),
+                })
+            }
+        }
+    }
+}
+
+/// Without its step loop a worker can neither finish nor free anything: with the loop it ends, loudly.
+struct EndsWorker(Shutdown);
+
+impl Drop for EndsWorker {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+type Started = (Driver, Arc<Shared>, tokio::sync::mpsc::UnboundedReceiver<shared::PullCommand>);
+
+/// Starts the step loop; it is woken by everything that changes the state.
 fn start_step_loop(
     id: &str,
     core: Core,
@@ -343,23 +384,39 @@ fn start_step_loop(
     engine: Box<dyn Engine>,
     config: &WorkerConfig,
     stopped: Arc<AtomicBool>,
-) -> StepThread {
+    shutdown: Shutdown,
+) -> Started {
+    let refuses = config.fake.as_ref().map(shared::Refuses::new);
+    let checksums = config.checksums == Switch::On;
+    let ends = EndsWorker(shutdown);
+    if seam::simulated() {
+        let wake = Arc::new(Notify::new());
+        let woken = wake.clone();
+        let (shared, pulls) = Shared::new(core, metrics, refuses, Box::new(move || woken.notify_one()));
+        let engine = Box::new(faulty::FaultyEngine::new(engine, id));
+        let steps = step_loop::StepLoop::new(shared.clone(), engine, checksums);
+        let woken = wake.clone();
+        let task = seam::spawn(async move {
+            let _ends = ends;
+            step_loop::drive_in_virtual_time(steps, &stopped, &woken).await;
+        });
+        return (Driver::Task(task, wake), shared, pulls);
+    }
     let (send, receive) = std::sync::mpsc::channel::<step_loop::StepLoop>();
     let thread = seam::thread(&format!("step-{id}"), move || {
+        let _ends = ends;
         if let Ok(steps) = receive.recv() {
             step_loop::drive(steps, &stopped);
         }
     });
     let parked = thread.thread().clone();
-    let refuses = config.fake.as_ref().map(shared::Refuses::new);
-    let checksums = config.checksums == Switch::On;
     let (shared, pulls) = Shared::new(core, metrics, refuses, Box::new(move || parked.unpark()));
     let _ = send.send(step_loop::StepLoop::new(shared.clone(), engine, checksums));
-    (thread, shared, pulls)
+    (Driver::Thread(thread), shared, pulls)
 }
 
 fn serve_grpc(
-    listener: TcpListener,
+    listener: seam::Listener,
     shared: &Arc<Shared>,
     identity: &Arc<Identity>,
     tasks: &Arc<Tasks>,
@@ -374,7 +431,7 @@ fn serve_grpc(
         shutdown: drain,
     };
     let stop = shutdown.clone();
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = tandem_chassis::grpc::incoming(listener);
     let server = tonic::transport::Server::builder()
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20)
@@ -401,18 +458,21 @@ struct End {
     roles: tokio::task::JoinHandle<()>,
     exports: Vec<Exported>,
     stopped: Arc<AtomicBool>,
-    step_thread: std::thread::JoinHandle<()>,
+    steps: Driver,
     drain_timeout: Duration,
 }
 
 impl End {
     /// Waits for the process's end, then for running work, then takes everything down.
     async fn wait(self) {
-        self.process.draining().await;
+        tokio::select! {
+            () = self.process.draining() => {}
+            () = self.shutdown.stopped() => {}
+        }
         tokio::select! {
             () = self.idle() => {}
             () = seam::sleep(self.drain_timeout) => tracing::warn!("requests were cut by the drain time-out"),
-            () = self.process.stopped() => {}
+            () = self.shutdown.stopped() => {}
         }
         self.shutdown.stop();
         let _ = self.roles.await;
@@ -420,8 +480,9 @@ impl End {
         self.tasks.shutdown(Duration::from_secs(2)).await;
         drop(self.exports);
         self.stopped.store(true, Ordering::Release);
-        self.step_thread.thread().unpark();
-        let _ = tokio::task::spawn_blocking(move || self.step_thread.join()).await;
+        if let Err(panic) = self.steps.join().await {
+            std::panic::resume_unwind(panic);
+        }
     }
 
     /// Until no leg is left.

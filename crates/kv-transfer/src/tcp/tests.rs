@@ -60,7 +60,7 @@ async fn until(out: &AtomicUsize, wanted: usize) {
 
 /// A stranger with a connection, who says the hello of a good puller.
 async fn lane(exported: &Exported) -> TcpStream {
-    let mut stream = seam::connect(address(exported)).await.unwrap();
+    let mut stream = seam::connect_tcp(address(exported)).await.unwrap();
     let mut hello = MAGIC.to_vec();
     hello.extend(&exported.export().blob[..24]);
     stream.write_all(&hello).await.unwrap();
@@ -117,7 +117,7 @@ async fn a_request_that_is_too_long_is_refused_before_it_is_read() {
 async fn a_lane_of_another_export_is_refused() {
     let (exported, _) = export().await;
     for at in [0, 23] {
-        let mut stream = seam::connect(address(&exported)).await.unwrap();
+        let mut stream = seam::connect_tcp(address(&exported)).await.unwrap();
         let mut hello = [MAGIC, &exported.export().blob[..24]].concat();
         hello[4 + at] ^= 1;
         stream.write_all(&hello).await.unwrap();
@@ -209,7 +209,7 @@ async fn an_address_that_means_all_is_replaced_by_the_one_that_is_advertised() {
 
 #[tokio::test]
 async fn somebody_else_at_the_address_is_not_taken_for_an_owner() {
-    let listener = seam::listen("127.0.0.1:0").await.unwrap();
+    let listener = seam::listen_tcp("127.0.0.1:0").await.unwrap();
     let mut blob = vec![0; 24];
     blob.extend(listener.local_addr().unwrap().to_string().into_bytes());
     let other = async {
@@ -226,7 +226,7 @@ async fn somebody_else_at_the_address_is_not_taken_for_an_owner() {
 /// Passes everything on, and turns one bit of the `at`th byte that the owner says.
 async fn tampers(listener: TcpListener, address: String, mut at: usize) {
     let (mut puller, _) = listener.accept().await.unwrap();
-    let mut owner = seam::connect(&*address).await.unwrap();
+    let mut owner = seam::connect_tcp(&*address).await.unwrap();
     let (mut asks, mut hears) = puller.split();
     let (mut answers, mut passes) = owner.split();
     let there = tokio::io::copy(&mut asks, &mut passes);
@@ -250,7 +250,7 @@ async fn tampers(listener: TcpListener, address: String, mut at: usize) {
 #[tokio::test]
 async fn a_bit_that_turns_on_the_way_shows_in_the_checksum_of_its_range() {
     let (exported, _) = export().await;
-    let listener = seam::listen("127.0.0.1:0").await.unwrap();
+    let listener = seam::listen_tcp("127.0.0.1:0").await.unwrap();
     let mut export = exported.export().clone();
     export.blob.truncate(24);
     export.blob.extend(listener.local_addr().unwrap().to_string().into_bytes());
@@ -281,7 +281,7 @@ proptest! {
             let (exported, out) = export().await;
             let mut stream = match hello {
                 true => lane(&exported).await,
-                false => seam::connect(address(&exported)).await.unwrap(),
+                false => seam::connect_tcp(address(&exported)).await.unwrap(),
             };
             stream.write_all(&garbage).await.unwrap();
             let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
