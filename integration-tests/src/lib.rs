@@ -6,8 +6,11 @@ pub mod checkpoints;
 pub mod client;
 pub mod cluster;
 pub mod processes;
+pub mod random_checkpoint;
 pub mod skip;
+pub mod wire;
 
-pub use client::{Answer, Client};
+pub use client::{Answer, Client, metric};
 pub use cluster::{Spec, TestCluster};
 pub use processes::ProcessCluster;
+pub use wire::WireRouter;

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tandem_types::Time;
-use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs, UnixListener, UnixStream};
 use tokio::time::{Instant, MissedTickBehavior};
 
 mod net;
@@ -135,6 +135,17 @@ pub async fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
     Ok(stream)
 }
 
+/// Listens for connections within this host, under a name that no file stands for: it is free again when its
+/// owner is gone, however that went.
+pub fn listen_local(name: &str) -> io::Result<UnixListener> {
+    UnixListener::bind(format!("\0{name}"))
+}
+
+/// Connects to a name of [`listen_local`].
+pub async fn connect_local(name: &str) -> io::Result<UnixStream> {
+    UnixStream::connect(format!("\0{name}")).await
+}
+
 /// 64 random bits from the operating system; in a simulated world, from its seed.
 pub fn random_u64() -> u64 {
     random_u128() as u64
@@ -215,6 +226,17 @@ mod tests {
         let listener = listen_tcp("127.0.0.1:0").await.unwrap();
         let stream = connect_tcp(listener.local_addr().unwrap()).await.unwrap();
         assert!(stream.nodelay().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_local_name_is_free_again_when_its_owner_is_gone() {
+        let name = format!("tandem-seam-{:x}", random_u64());
+        assert!(connect_local(&name).await.is_err());
+        let listener = listen_local(&name).unwrap();
+        connect_local(&name).await.unwrap();
+        assert!(listen_local(&name).is_err());
+        drop(listener);
+        listen_local(&name).unwrap();
     }
 
     #[test]

@@ -21,8 +21,8 @@ mod spans;
 mod step_loop;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tandem_batching::Batcher;
@@ -30,7 +30,7 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Capacity, Kind, Membership, Registration};
 use tandem_engine::{Engine, LoadError, Options};
 use tandem_kv_cache::KvCache;
-use tandem_kv_transfer::{Exported, TRANSPORTS};
+use tandem_kv_transfer::Exported;
 use tandem_proto::v1::lender_server::LenderServer;
 use tandem_proto::v1::worker_server::WorkerServer;
 use tandem_types::{BLOCK_TOKENS, Epoch, Incarnation, WorkerId, WorkerState};
@@ -101,10 +101,16 @@ pub struct Running {
     pub kernel: String,
     /// Threads that compute.
     pub threads: usize,
+    kv: Weak<tandem_memory::Region>,
     done: tokio::task::JoinHandle<()>,
 }
 
 impl Running {
+    /// Its KV memory, while it lives: to look at from outside.
+    pub fn kv_region(&self) -> Option<Arc<tandem_memory::Region>> {
+        self.kv.upgrade()
+    }
+
     /// Returns when the worker has stopped and given everything back.
     pub async fn join(self) {
         if let Err(error) = self.done.await
@@ -127,6 +133,7 @@ pub async fn start(
     progress: Progress,
 ) -> Result<Running, StartError> {
     config.check().map_err(StartError::Config)?;
+    let transports = config.transport_options().map_err(StartError::Config)?;
     // The admin port drains this worker alone; the process's own end comes from above.
     let process = shutdown;
     let shutdown = process.child();
@@ -146,7 +153,8 @@ pub async fn start(
     // filled before anybody can have a claim.
     let gate = Arc::new(lender::LateGate::default());
     let region = engine.kv_region();
-    let exports = export(&config, region.clone(), gate.clone(), incarnation).await?;
+    let kv = Arc::downgrade(&region);
+    let exports = export(&config, &transports, region.clone(), gate.clone(), incarnation).await?;
     let model = config.model_name.clone().unwrap_or_else(|| facts.model.clone());
     let constants = Constants {
         id: WorkerId(id.clone()),
@@ -160,7 +168,7 @@ pub async fn start(
         legs_max: config.legs_max,
         strict: config.numerics == Numerics::Strict,
     };
-    let kv = KvCache::new(tandem_kv_cache::Config {
+    let cache = KvCache::new(tandem_kv_cache::Config {
         pages: facts.pages,
         groups: facts.kv.len() as u32,
         leased_share: config.leased_share,
@@ -172,8 +180,9 @@ pub async fn start(
         rows_max: config.rows_max,
         depth: facts.depth,
         context_tokens: facts.context_tokens,
+        ..tandem_batching::Config::default()
     });
-    let core = Core::new(constants, config.role, kv, batcher, Box::new(seam::random_u128));
+    let core = Core::new(constants, config.role, cache, batcher, Box::new(seam::random_u128));
     let metrics = Arc::new(metrics::Metrics::new(&facts, &model));
     let pages = pages::PageMap::of(&*engine);
     let checksums = config.checksums == Switch::On;
@@ -191,8 +200,8 @@ pub async fn start(
         threads,
     });
     let tasks = Arc::new(Tasks::new());
-    let pulls =
-        pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), config.transport.clone(), checksums);
+    let ways = pull::Ways { transport: config.transport.clone(), options: transports };
+    let pulls = pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), ways, checksums);
     tasks.spawn(pulls.run(pull_commands, shutdown.clone()));
     let lender_service =
         lender::LenderService { shared: shared.clone(), tasks: tasks.clone(), region, pages };
@@ -247,7 +256,7 @@ pub async fn start(
         drain_timeout: config.drain_timeout.0,
     };
     let done = seam::spawn(end.wait());
-    Ok(Running { id, address, admin, kernel: facts.kernel, threads, done })
+    Ok(Running { id, address, admin, kernel: facts.kernel, threads, kv, done })
 }
 
 /// All cores but one for the network; at least one.
@@ -268,7 +277,7 @@ async fn load(
         kv_bytes: config.kv_memory.0,
         depth: 0,
         progress,
-        shared_memory: false,
+        shared_memory: tandem_kv_transfer::allowed(&config.transport).any(|row| row.shared_memory),
     };
     let fake = config.fake.clone();
     let load = move || match fake {
@@ -306,22 +315,25 @@ fn advertised_host(config: &WorkerConfig) -> String {
 
 async fn export(
     config: &WorkerConfig,
+    options: &tandem_kv_transfer::Options,
     region: Arc<tandem_memory::Region>,
     gate: Arc<lender::LateGate>,
     incarnation: Incarnation,
 ) -> Result<Vec<Exported>, StartError> {
     let mut exports = Vec::new();
-    for row in TRANSPORTS {
-        if config.transport != "auto" && config.transport != row.name {
-            continue;
+    for row in tandem_kv_transfer::allowed(&config.transport) {
+        match (row.make)(options).export(region.clone(), gate.clone(), incarnation, config.bind).await {
+            Ok(mut exported) => {
+                exported.advertise(&advertised_host(config));
+                exports.push(exported);
+            }
+            // What was asked for by its name is not left out.
+            Err(error) if config.transport == row.name => return Err(StartError::Export(error.to_string())),
+            Err(error) => tracing::warn!(%error, "the KV memory cannot be reached this way"),
         }
-        let exported = (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await;
-        let mut exported = exported.map_err(|error| StartError::Export(format!("{}: {error}", row.name)))?;
-        exported.advertise(&advertised_host(config));
-        exports.push(exported);
     }
     if exports.is_empty() {
-        return Err(StartError::Export(format!("no transport is called {:?}", config.transport)));
+        return Err(StartError::Export(format!("no transport works here for {:?}", config.transport)));
     }
     Ok(exports)
 }

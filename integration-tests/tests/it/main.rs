@@ -2,6 +2,7 @@
 //!
 //! - `walking`: requests through the public door of a cluster in this process
 //! - `equality`: hand-offs change no bit
+//! - `handoff`: what is moved, when, and what becomes of bytes that are wrong
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
 //! - `faults`: workers that die, fail, refuse and come back
 //! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
@@ -18,6 +19,7 @@ mod chaos;
 mod equality;
 mod etcd;
 mod faults;
+mod handoff;
 mod leaks;
 mod openai;
 mod operating;
