@@ -163,3 +163,13 @@ impl Events {
         events
     }
 }
+
+/// Sum over all series of a metric in Prometheus text, or of those with one label: `name{label="value"`.
+pub fn metric(text: &str, name: &str) -> f64 {
+    let (name, label) = name.split_once('{').unwrap_or((name, ""));
+    let of_it = |line: &&str| {
+        let rest = line.strip_prefix(name);
+        rest.is_some_and(|rest| rest.starts_with(['{', ' ']) && rest.contains(label))
+    };
+    text.lines().filter(of_it).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
+}

@@ -13,6 +13,7 @@
 mod admit;
 mod apply;
 mod batcher;
+mod lengths;
 mod plan;
 mod sequence;
 

@@ -124,6 +124,11 @@ impl Sequence {
         !self.paused && self.table.is_some() && self.gap() > 0 && self.draws_left(context_tokens) > 0
     }
 
+    /// Whether it has pages, wants more with time, and gives them all back at its end.
+    pub(crate) fn will_grow(&self) -> bool {
+        self.table.is_some() && !self.paused && self.spec.until != Until::FirstToken
+    }
+
     /// Tokens that fit into its pages.
     pub(crate) fn room(&self) -> u32 {
         self.table.as_ref().map_or(0, Table::room)

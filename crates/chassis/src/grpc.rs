@@ -1,8 +1,13 @@
-//! gRPC channels to other processes of the cluster, all made the same way.
+//! gRPC between the processes of a cluster: channels and incoming connections, all made the same way.
 
+use std::io;
 use std::time::Duration;
 
-use tonic::transport::{Channel, Endpoint};
+use futures_util::{Stream, stream};
+use hyper_util::rt::TokioIo;
+use tonic::transport::{Channel, Endpoint, Uri};
+
+use crate::seam;
 
 /// Time for a connection to stand.
 const CONNECT_MAX: Duration = Duration::from_secs(2);
@@ -15,10 +20,18 @@ pub async fn connect(address: &str) -> Result<Channel, String> {
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| chain(&error))?
         .connect_timeout(CONNECT_MAX)
-        .tcp_nodelay(true)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW);
-    endpoint.connect().await.map_err(|error| chain(&error))
+    let connector = tower::service_fn(|uri: Uri| async move {
+        let address = uri.authority().map_or("", |authority| authority.as_str());
+        seam::connect(address).await.map(TokioIo::new)
+    });
+    endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error))
+}
+
+/// The connections of a listener, for tonic's server.
+pub fn incoming(listener: seam::Listener) -> impl Stream<Item = io::Result<seam::Stream>> {
+    stream::unfold(listener, |listener| async move { Some((listener.accept().await, listener)) })
 }
 
 /// An error and its causes in one line.

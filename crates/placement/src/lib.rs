@@ -3,8 +3,10 @@
 //! Never knows: sessions, HTTP, clocks, randomness. Always holds: `choose` is a function of its arguments,
 //! counts nothing and moves nothing, and every route it returns names candidates that it was shown.
 
+mod overlap;
 mod policy;
 
+pub use overlap::overlap_pays;
 pub use policy::{POLICIES, Policy, Row, conformance, least_loaded, named, round_robin};
 
 use serde::Serialize;

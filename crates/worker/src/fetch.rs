@@ -8,21 +8,27 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tandem_chassis::seam;
+use futures_util::{StreamExt, TryStreamExt};
+use tandem_chassis::{fail, seam};
 use tandem_kv_cache::{FirstTokenBundle, GiveUp, PullAction, PullEvent, Puller, Verdict};
-use tandem_kv_transfer::{Completion, Peer, Pull};
+use tandem_kv_transfer::{Completion, Peer, Pull, PullError};
 use tandem_proto::v1::lender_client::LenderClient;
 use tandem_proto::v1::{self, follow_event, follow_request};
-use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
+use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence, convert};
 use tandem_types::{ClaimId, Handle, Time};
 use tokio::sync::mpsc;
 use tonic::transport::Channel;
 
 use crate::core::{PageSum, PullFailure, PullOrder, Transfer};
+use crate::faulty;
 use crate::lender::{FOLLOW_BEAT, FOLLOW_SILENCE_MAX};
 use crate::pull::{CALL_MAX, Context};
+
+/// A pull of nothing may take so long: as long as a lease that nobody renews.
+const PULL_MAX: Duration = Duration::from_secs(10);
+/// A network slower than this is no way to hand KV over; computing it again is faster.
+const BYTES_PER_SECOND_MIN: u64 = 16 << 20;
 
 /// What a pull brought.
 pub(crate) struct Taken {
@@ -34,7 +40,8 @@ pub(crate) struct Taken {
     pub(crate) sums: Vec<PageSum>,
 }
 
-type PullFuture<'a> = Pin<Box<dyn Future<Output = (u64, Range<u32>, Completion)> + Send + 'a>>;
+/// A pull: its number, its blocks, and how it ended; twice where the word of it comes twice.
+type PullFuture<'a> = Pin<Box<dyn Future<Output = (u64, Range<u32>, Completion, usize)> + Send + 'a>>;
 type VerdictFuture = Pin<Box<dyn Future<Output = PullEvent> + Send>>;
 
 /// A pull and everything it is doing.
@@ -115,11 +122,19 @@ impl<'a> Fetching<'a> {
             }
             let event = tokio::select! {
                 biased;
-                Some((id, blocks, completion)) = pulls.next(), if !pulls.is_empty() => {
+                Some((id, blocks, completion, times)) = pulls.next(), if !pulls.is_empty() => {
                     if pulls.is_empty() {
                         self.rest();
                     }
-                    self.arrived(id, blocks, completion)
+                    let denied = matches!(completion.bytes, Err(PullError::Denied));
+                    let mut event = self.arrived(id, blocks, completion);
+                    if denied && let Some(why) = self.last_word().await {
+                        event = why;
+                    }
+                    for _ in 1..times {
+                        self.puller.on(event.clone());
+                    }
+                    event
                 }
                 answer = of(&mut verdict) => {
                     verdict = None;
@@ -184,6 +199,22 @@ impl<'a> Fetching<'a> {
         }
     }
 
+    /// The owner's word on why the claim stands no more, which may still be on its way when a pull is denied.
+    async fn last_word(&mut self) -> Option<PullEvent> {
+        let word = async {
+            loop {
+                match self.follow.next().await {
+                    Heard::Event(word @ (PullEvent::Done | PullEvent::Superseded | PullEvent::Lost(_))) => {
+                        return Some(word);
+                    }
+                    Heard::Event(PullEvent::StreamClosed(_)) => return None,
+                    Heard::Event(_) | Heard::Ready { .. } => {}
+                }
+            }
+        };
+        seam::timeout(CALL_MAX, word).await.unwrap_or_default()
+    }
+
     fn pull_blocks(&self, id: u64, claim: ClaimId, blocks: Range<u32>) -> PullFuture<'a> {
         let range = blocks.start as usize..blocks.end as usize;
         let mut remote = Vec::new();
@@ -198,9 +229,17 @@ impl<'a> Fetching<'a> {
         }
         let local = self.context.region.clone();
         let checksums = self.context.checksums;
-        let pull = Pull { claim, remote, local, local_offsets, checksums, deadline: self.order.deadline };
+        let bytes: u64 = remote.iter().map(|range| range.len).sum();
+        // An owner that hangs after the seal is noticed here only.
+        let longest = PULL_MAX + Duration::from_secs(bytes / BYTES_PER_SECOND_MIN);
+        let deadline = self.order.deadline.min(seam::now() + longest);
+        let pull = Pull { claim, remote, local, local_offsets, checksums, deadline };
         let peer = self.peer.clone();
-        Box::pin(async move { (id, blocks, peer.pull(pull).await) })
+        let owner = &self.handle.owner.0;
+        Box::pin(async move {
+            let (completion, times) = faulty::pull(peer, pull, owner).await;
+            (id, blocks, completion, times)
+        })
     }
 
     fn taken(mut self, tokens: u32, bundle: FirstTokenBundle) -> Taken {
@@ -284,8 +323,10 @@ enum Heard {
 
 /// The Follow stream of one claim, with our beats on it.
 struct Follow {
-    inbound: tonic::Streaming<v1::FollowEvent>,
+    inbound: fail::Through<tonic::Streaming<v1::FollowEvent>, v1::FollowEvent>,
+    heard_numbers: Sequence,
     outbound: mpsc::Sender<v1::FollowRequest>,
+    numbers: Sequence,
     beats: seam::Interval,
     heard: Time,
 }
@@ -308,7 +349,9 @@ impl Follow {
             traceparent: order.traceparent.clone().unwrap_or_default(),
         };
         let (outbound, requests) = mpsc::channel(4);
-        let first = v1::FollowRequest { message: Some(follow_request::Message::Claim(claim)) };
+        let mut numbers = Sequence::default();
+        let message = Some(follow_request::Message::Claim(claim));
+        let first = v1::FollowRequest { message, sequence: numbers.number() };
         outbound.try_send(first).expect("the channel is new");
         let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
         let unreachable = |why: &str| PullFailure::Unreachable(format!("{}: {why}", handle.owner));
@@ -317,21 +360,33 @@ impl Follow {
             .map_err(|_| unreachable("no answer to the claim"))?
             .map_err(|status| unreachable(status.message()))?
             .into_inner();
-        Ok(Follow { inbound, outbound, beats: seam::interval(FOLLOW_BEAT), heard: seam::now() })
+        Ok(Follow {
+            inbound: fail::through(inbound, &handle.owner.0, fail_point),
+            heard_numbers: Sequence::default(),
+            outbound,
+            numbers,
+            beats: seam::interval(FOLLOW_BEAT),
+            heard: seam::now(),
+        })
     }
 
     /// What the owner says next, or that it says nothing any more.
     async fn next(&mut self) -> Heard {
         loop {
             tokio::select! {
-                message = self.inbound.message() => {
+                message = self.inbound.try_next(), if self.heard != Time::MAX => {
                     self.heard = seam::now();
                     match message {
-                        Ok(Some(v1::FollowEvent { event: Some(event) })) => match read(event) {
-                            Some(event) => return event,
-                            None => continue,
-                        },
-                        Ok(Some(_)) => {}
+                        Ok(Some(v1::FollowEvent { event, sequence })) => {
+                            match self.heard_numbers.take(sequence) {
+                                Ok(true) => {}
+                                Ok(false) => continue,
+                                Err(gap) => return closed(self, &gap.to_string()).await,
+                            }
+                            if let Some(event) = event.and_then(read) {
+                                return event;
+                            }
+                        }
                         Ok(None) => return closed(self, "the owner closed the stream").await,
                         Err(status) => return closed(self, status.message()).await,
                     }
@@ -340,10 +395,11 @@ impl Follow {
                     if seam::now().since(self.heard) > FOLLOW_SILENCE_MAX {
                         return closed(self, "the owner is silent").await;
                     }
-                    let beat = v1::FollowRequest {
-                        message: Some(follow_request::Message::Beat(v1::FollowBeat {})),
-                    };
-                    let _ = self.outbound.try_send(beat);
+                    let message = Some(follow_request::Message::Beat(v1::FollowBeat {}));
+                    // Numbered only when sent: a beat that finds the queue full is no loss.
+                    if let Ok(place) = self.outbound.try_reserve() {
+                        place.send(v1::FollowRequest { message, sequence: self.numbers.number() });
+                    }
                 }
             }
         }
@@ -357,6 +413,19 @@ async fn closed(follow: &mut Follow, why: &str) -> Heard {
     }
     follow.heard = Time::MAX;
     Heard::Event(PullEvent::StreamClosed(why.to_owned()))
+}
+
+fn fail_point(message: &v1::FollowEvent) -> Option<&'static str> {
+    use follow_event::Event;
+    Some(match message.event.as_ref()? {
+        Event::Claimed(_) => "follow.claimed",
+        Event::Ready(_) => "follow.ready",
+        Event::Sealed(_) => "follow.sealed",
+        Event::Beat(_) => "follow.owner-beat",
+        Event::Done(_) => "follow.done",
+        Event::Superseded(_) => "follow.superseded",
+        Event::Lost(_) => "follow.lost",
+    })
 }
 
 fn read(event: follow_event::Event) -> Option<Heard> {

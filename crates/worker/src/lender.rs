@@ -4,13 +4,13 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
-use tandem_chassis::{Tasks, seam};
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use tandem_chassis::{Tasks, fail, seam};
 use tandem_kv_cache::{HoldId, Verdict};
 use tandem_kv_transfer::{ByteRange, Denied, Gate, Permit, checksum};
 use tandem_memory::Region;
 use tandem_proto::v1::{self, follow_event, follow_request};
-use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
+use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence, convert};
 use tandem_types::{Attempt, BLOCK_TOKENS, BlockHash, ClaimId, KvIdentity, LeaseId};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -38,6 +38,66 @@ impl v1::lender_server::Lender for LenderService {
 
     async fn lend(&self, request: Request<v1::LendRequest>) -> Result<Response<v1::LendReply>, Status> {
         let wanted = request.into_inner();
+        let own = self.own_name();
+        for _ in 1..fail::times("lend.request", &own).await? {
+            drop(self.lend_to(&wanted));
+        }
+        let reply = self.lend_to(&wanted)?;
+        // An answer that comes twice is that to a question asked twice.
+        if fail::times("lend.reply", &own).await? == 1 { Ok(reply) } else { self.lend_to(&wanted) }
+    }
+
+    async fn end(&self, request: Request<v1::EndRequest>) -> Result<Response<v1::EndReply>, Status> {
+        let end = request.into_inner();
+        let own = self.own_name();
+        for _ in 1..fail::times("end.request", &own).await? {
+            drop(self.verdict(&end).await);
+        }
+        let reply = self.verdict(&end).await?;
+        if fail::times("end.reply", &own).await? == 1 { Ok(reply) } else { self.verdict(&end).await }
+    }
+
+    async fn follow(
+        &self,
+        request: Request<Streaming<v1::FollowRequest>>,
+    ) -> Result<Response<Self::FollowStream>, Status> {
+        let mut inbound = fail::through(request.into_inner(), &self.own_name(), fail_point);
+        let first = seam::timeout(FOLLOW_SILENCE_MAX, inbound.try_next())
+            .await
+            .map_err(|_| Status::deadline_exceeded("no claim came"))??;
+        let Some(follow_request::Message::Claim(wanted)) = first.and_then(|m| m.message) else {
+            return Err(Status::invalid_argument("a Follow begins with a claim"));
+        };
+        let lease = LeaseId(convert::read_id128("Claim.lease", &wanted.lease)?);
+        self.check_claim(&wanted)?;
+
+        let claim = ClaimId(seam::random_u128());
+        let (events, outbound) = mpsc::channel(FOLLOW_QUEUE);
+        let claimed = v1::Claimed { claim: convert::id128(claim.0) };
+        let _ = events.try_send(follow_event::Event::Claimed(claimed));
+        // Attached before the claim exists, so that no event can pass by.
+        self.shared.attach_follower(claim, events.clone());
+        let held = self.shared.change(|core, now| core.follow(lease, Attempt(wanted.attempt), claim, now));
+        if held {
+            self.tasks.spawn(serve_claim(self.shared.clone(), claim, inbound, events));
+        } else {
+            self.shared.detach_follower(claim);
+            let message = "the lease is over, was never here, or a newer attempt holds it".to_owned();
+            let _ = events.try_send(follow_event::Event::Lost(v1::Lost { message }));
+        }
+        let mut numbers = Sequence::default();
+        let outbound = ReceiverStream::new(outbound)
+            .map(move |event| Ok(v1::FollowEvent { event: Some(event), sequence: numbers.number() }));
+        Ok(Response::new(Box::pin(outbound)))
+    }
+}
+
+impl LenderService {
+    fn own_name(&self) -> String {
+        self.shared.look(|core| core.constants().id.0.clone())
+    }
+
+    fn lend_to(&self, wanted: &v1::LendRequest) -> Result<Response<v1::LendReply>, Status> {
         self.check_owner(wanted.incarnation, wanted.protocol_min, wanted.protocol_max)?;
         let constants = self.shared.look(|core| core.constants().clone());
         let identity: KvIdentity = wanted.identity.as_ref().map(Into::into).unwrap_or_default();
@@ -64,40 +124,7 @@ impl v1::lender_server::Lender for LenderService {
         Ok(Response::new(v1::LendReply { handle, blocks }))
     }
 
-    async fn follow(
-        &self,
-        request: Request<Streaming<v1::FollowRequest>>,
-    ) -> Result<Response<Self::FollowStream>, Status> {
-        let mut inbound = request.into_inner();
-        let first = seam::timeout(FOLLOW_SILENCE_MAX, inbound.message())
-            .await
-            .map_err(|_| Status::deadline_exceeded("no claim came"))??;
-        let Some(follow_request::Message::Claim(wanted)) = first.and_then(|m| m.message) else {
-            return Err(Status::invalid_argument("a Follow begins with a claim"));
-        };
-        let lease = LeaseId(convert::read_id128("Claim.lease", &wanted.lease)?);
-        self.check_claim(&wanted)?;
-
-        let claim = ClaimId(seam::random_u128());
-        let (events, outbound) = mpsc::channel(FOLLOW_QUEUE);
-        let claimed = v1::Claimed { claim: convert::id128(claim.0) };
-        let _ = events.try_send(follow_event::Event::Claimed(claimed));
-        // Attached before the claim exists, so that no event can pass by.
-        self.shared.attach_follower(claim, events.clone());
-        let held = self.shared.change(|core, now| core.follow(lease, Attempt(wanted.attempt), claim, now));
-        if held {
-            self.tasks.spawn(serve_claim(self.shared.clone(), claim, inbound, events));
-        } else {
-            self.shared.detach_follower(claim);
-            let message = "the lease is over, was never here, or a newer attempt holds it".to_owned();
-            let _ = events.try_send(follow_event::Event::Lost(v1::Lost { message }));
-        }
-        let outbound = ReceiverStream::new(outbound).map(|event| Ok(v1::FollowEvent { event: Some(event) }));
-        Ok(Response::new(Box::pin(outbound)))
-    }
-
-    async fn end(&self, request: Request<v1::EndRequest>) -> Result<Response<v1::EndReply>, Status> {
-        let end = request.into_inner();
+    async fn verdict(&self, end: &v1::EndRequest) -> Result<Response<v1::EndReply>, Status> {
         let lease = LeaseId(convert::read_id128("EndRequest.lease", &end.lease)?);
         let claim = ClaimId(convert::read_id128("EndRequest.claim", &end.claim)?);
         let own = self.shared.look(|core| core.constants().incarnation);
@@ -116,9 +143,7 @@ impl v1::lender_server::Lender for LenderService {
         };
         Ok(Response::new(v1::EndReply { verdict: verdict as i32 }))
     }
-}
 
-impl LenderService {
     fn check_claim(&self, claim: &v1::Claim) -> Result<(), Status> {
         self.check_owner(claim.incarnation, claim.protocol_min, claim.protocol_max)
     }
@@ -176,16 +201,22 @@ impl LenderService {
 async fn serve_claim(
     shared: Arc<Shared>,
     claim: ClaimId,
-    mut inbound: Streaming<v1::FollowRequest>,
+    mut inbound: impl Stream<Item = Result<v1::FollowRequest, Status>> + Unpin,
     events: mpsc::Sender<follow_event::Event>,
 ) {
+    let _following = Following { shared: &shared, claim };
     let mut beats = seam::interval(FOLLOW_BEAT);
     let mut heard = seam::now();
+    let mut numbers = Sequence::default();
+    numbers.number(); // the claim
     loop {
         tokio::select! {
-            message = inbound.message() => match message {
-                Ok(Some(_)) => {
+            message = inbound.try_next() => match message {
+                Ok(Some(message)) => {
                     heard = seam::now();
+                    if numbers.take(message.sequence).is_err() {
+                        break;
+                    }
                     shared.change(|core, now| core.renew_claim(claim, now));
                 }
                 Ok(None) | Err(_) => break,
@@ -199,8 +230,26 @@ async fn serve_claim(
             () = events.closed() => break,
         }
     }
-    shared.detach_follower(claim);
-    shared.change(|core, now| core.unfollow(claim, now));
+}
+
+/// A claim whose puller's stream is read; with the reading, however that ends, the claim ends.
+struct Following<'a> {
+    shared: &'a Shared,
+    claim: ClaimId,
+}
+
+impl Drop for Following<'_> {
+    fn drop(&mut self) {
+        self.shared.detach_follower(self.claim);
+        self.shared.change(|core, now| core.unfollow(self.claim, now));
+    }
+}
+
+fn fail_point(message: &v1::FollowRequest) -> Option<&'static str> {
+    Some(match message.message.as_ref()? {
+        follow_request::Message::Claim(_) => "follow.claim",
+        follow_request::Message::Beat(_) => "follow.beat",
+    })
 }
 
 /// Lets a transport read pages that are ready under a live claim, and keeps them from reuse meanwhile.

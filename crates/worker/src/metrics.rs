@@ -30,6 +30,8 @@ pub(crate) struct Metrics {
     transfer_bytes: IntCounterVec,
     transfer_seconds: HistogramVec,
     transfer_failures: IntCounterVec,
+    connections: IntCounterVec,
+    quarantined: IntGaugeVec,
     exposed_seconds: HistogramVec,
     exposed_bytes: IntCounterVec,
     corrupt: IntCounterVec,
@@ -100,7 +102,7 @@ impl Metrics {
             ),
             transfer_seconds: ours.histogram(
                 "tandem_kv_transfer_seconds",
-                "from a claim to the verdict",
+                "time in which the bytes of a pull were moving",
                 &["transport"],
                 metrics::STEP_SECONDS,
             ),
@@ -109,6 +111,26 @@ impl Metrics {
                 "hand-offs that were not taken over",
                 &["reason"],
             ),
+            connections: {
+                let connections = ours.counter(
+                    "tandem_kv_transfer_connections_total",
+                    "connections made to other workers' memory",
+                    &["transport"],
+                );
+                for row in tandem_kv_transfer::TRANSPORTS {
+                    connections.with_label_values(&[row.name]);
+                }
+                connections
+            },
+            quarantined: {
+                let quarantined = ours.gauge(
+                    "tandem_kv_quarantined_bytes",
+                    "bytes of this pool that a transport may still write to after its pull has ended",
+                    &[],
+                );
+                quarantined.with_label_values::<&str>(&[]);
+                quarantined
+            },
             exposed_seconds: ours.histogram(
                 "tandem_kv_transfer_exposed_seconds",
                 "of a hand-off, from its seal to the verdict: what prefill does not hide",
@@ -122,7 +144,7 @@ impl Metrics {
             ),
             corrupt: {
                 let corrupt = ours.counter(
-                    "tandem_kv_corrupt_total",
+                    "tandem_kv_checksum_failures_total",
                     "checksums that did not match: of a pull (transfer), or of a page in this pool (pool)",
                     &["where"],
                 );
@@ -184,6 +206,16 @@ impl Metrics {
     pub(crate) fn observe_transfer(&self, transport: &str, bytes: u64, took: Duration) {
         self.transfer_bytes.with_label_values(&[transport, "in"]).inc_by(bytes);
         self.transfer_seconds.with_label_values(&[transport]).observe(took.as_secs_f64());
+    }
+
+    /// Another worker's memory is within reach.
+    pub(crate) fn observe_connection(&self, transport: &str) {
+        self.connections.with_label_values(&[transport]).inc();
+    }
+
+    /// So many bytes went into quarantine, or came out of it.
+    pub(crate) fn observe_quarantined(&self, bytes: i64) {
+        self.quarantined.with_label_values::<&str>(&[]).add(bytes);
     }
 
     /// A hand-off was taken over so long after its seal, with so many bytes of it pulled by then.

@@ -37,8 +37,14 @@ pub(crate) struct Context {
     pub(crate) pages: PageMap,
     /// Whether bytes are checked against the owner's checksums.
     pub(crate) checksums: bool,
-    transport: String,
+    ways: Ways,
     owners: Mutex<HashMap<(WorkerId, Incarnation), Owner>>,
+}
+
+/// How owners may be reached: `auto` or one transport's name, and what transports are made with.
+pub(crate) struct Ways {
+    pub(crate) transport: String,
+    pub(crate) options: tandem_kv_transfer::Options,
 }
 
 /// Connections to one start of an owner: to its Lender service, and, once it is needed, to its memory.
@@ -74,11 +80,11 @@ impl Pulls {
         shared: Arc<Shared>,
         region: Arc<Region>,
         pages: PageMap,
-        transport: String,
+        ways: Ways,
         checksums: bool,
     ) -> Pulls {
         let owners = Mutex::default();
-        Pulls { context: Arc::new(Context { shared, region, pages, checksums, transport, owners }) }
+        Pulls { context: Arc::new(Context { shared, region, pages, checksums, ways, owners }) }
     }
 
     /// Runs until `shutdown` stops; then every pull is dropped, and with it everything that could write.
@@ -146,7 +152,6 @@ impl Context {
     async fn pull(self: Arc<Self>, order: Box<PullOrder>, stopped: oneshot::Receiver<()>) -> SequenceId {
         let sequence = order.sequence;
         let mut report = Report { shared: self.shared.clone(), sequence, done: false };
-        let began = seam::now();
         let outcome = tokio::select! {
             biased;
             outcome = self.bring(&order) => outcome,
@@ -156,7 +161,7 @@ impl Context {
             Ok(taken) => {
                 let metrics = &self.shared.metrics;
                 let moved = taken.transfer;
-                metrics.observe_transfer(taken.transport, moved.bytes, seam::now().since(began));
+                metrics.observe_transfer(taken.transport, moved.bytes, moved.busy);
                 match order.source {
                     PullSource::Handle(_) => {
                         metrics.observe_exposed(taken.transport, moved.exposed_bytes, moved.exposed);
@@ -280,8 +285,11 @@ impl Context {
         if let Some(memory) = self.owners().get(&source.key()).and_then(|owner| owner.memory.clone()) {
             return Ok(memory);
         }
-        let connected = connect_best(&handle.exports, &self.transport, seam::now() + CALL_MAX).await;
+        let connected =
+            connect_best(&handle.exports, &self.ways.transport, &self.ways.options, seam::now() + CALL_MAX)
+                .await;
         let memory = connected.map_err(|e| PullFailure::Unreachable(format!("{}: {e}", source.worker)))?;
+        self.shared.metrics.observe_connection(memory.0);
         if let Some(owner) = self.owners().get_mut(&source.key()) {
             owner.memory = Some(memory.clone());
         }
@@ -305,12 +313,16 @@ impl Context {
             .enumerate()
             .flat_map(|(group, pages)| pages.iter().map(move |&page| (group as u32, page)))
             .collect();
+        let bytes: u64 = pages.iter().map(|(group, page)| self.pages.place(*group, page.page).len).sum();
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.shared.metrics.observe_quarantined(bytes);
         let hold = self.shared.change(|core, _| core.kv().hold(pages.into_iter()));
         let shared = self.shared.clone();
         // Owned by nobody on purpose: it ends with the backend's endpoint, which outlives this worker's tasks.
         seam::spawn(async move {
             released.await;
             shared.change(|core, _| core.kv().release(hold));
+            shared.metrics.observe_quarantined(-bytes);
         });
     }
 }

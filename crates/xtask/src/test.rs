@@ -99,7 +99,7 @@ pub fn test(options: &Options) -> Result<(), String> {
     let logs = workspace.target.join("xtask");
     fs::create_dir_all(&logs).map_err(|error| format!("{}: {error}", logs.display()))?;
     let mut runner = Runner {
-        features: workspace.etcd_features(),
+        features: workspace.test_features(),
         environment: vec![("TANDEM_BIN".into(), workspace.target.join("debug/tandem"))],
         nextest: workspace::cargo()
             .args(["nextest", "--version"])

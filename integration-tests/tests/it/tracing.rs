@@ -34,7 +34,7 @@ impl TraceService for Collector {
 fn a_trace_goes_through_router_prefill_and_decode_with_a_span_per_stage() {
     run(async {
         let (send, mut received) = mpsc::unbounded_channel();
-        let listener = seam::listen("127.0.0.1:0").await.expect("a port");
+        let listener = seam::listen_tcp("127.0.0.1:0").await.expect("a port");
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
         let server =
             tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Membership, Registration, View};
 use tandem_placement::Candidate;
+use tandem_proto::v1::Holder;
 use tandem_types::{Incarnation, Role, WorkerId, WorkerState};
 use tokio::sync::watch;
 
@@ -199,6 +200,19 @@ impl Workers {
         drop(known);
         self.changed.send_modify(|n| *n += 1);
         Ok(())
+    }
+
+    /// Who lends the first blocks of a prompt that this worker has computed, if it can be asked now.
+    pub(crate) fn holder(&self, worker: &WorkerId, blocks: u32) -> Option<Holder> {
+        let known = self.lock();
+        let linked = known.links.get(worker)?;
+        let ready = linked.link.state(seam::now()) == WorkerState::Ready;
+        ready.then(|| Holder {
+            worker: worker.0.clone(),
+            incarnation: linked.link.incarnation.0,
+            lender: linked.registration.address.clone(),
+            blocks,
+        })
     }
 
     /// Asks a worker to take nothing new and finish what it has. Returns how much that is.

@@ -359,7 +359,8 @@ impl Core {
     /// When something is due although no message came: a lease, a deadline.
     pub fn next_deadline(&self) -> Option<Time> {
         let legs = self.legs.values().map(|leg| leg.deadline).min();
-        [legs, self.kv.next_expiry(), self.batcher.next_deadline()].into_iter().flatten().min()
+        let due = [legs, self.kv.next_expiry(), self.batcher.next_deadline(), self.next_roomless()];
+        due.into_iter().flatten().min()
     }
 
     /// Ends what is overdue.
@@ -374,6 +375,7 @@ impl Core {
                 now,
             );
         }
+        self.refuse_roomless(now);
         self.settle(now);
     }
 

@@ -414,3 +414,97 @@ fn a_failed_step_fails_its_legs_only() {
     assert_eq!(w.said(), ["1: failed FAIL_REASON_ENGINE"]);
     assert_eq!(w.step(7), ["2: delta 0=[7]"]);
 }
+
+#[test]
+fn a_hand_off_without_room_is_sent_back_when_nothing_here_will_make_any() {
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let handle = p.handle();
+    let mut d = Worker::new("d");
+    // A lease on 31 of 32 blocks: it would be the only one.
+    d.start(prompt(2, 31, v1::Until::FirstToken));
+    d.step(7);
+    d.step(7);
+    assert!(d.start(with_handle(start(4, 2, v1::Until::End), &handle)).is_empty(), "it waits");
+    assert_eq!(d.core.next_deadline(), Some(Time::from_millis(1_000)));
+    d.now = Time::from_millis(999);
+    assert!(d.step(0).is_empty());
+    d.now = Time::from_millis(1_000);
+    assert_eq!(d.step(0), ["4: refused REFUSE_REASON_OVERLOADED"]);
+    d.core.cancel(d.session, 2, d.now);
+    d.assert_idle();
+}
+
+#[test]
+fn two_workers_that_hold_leases_for_each_other_both_go_on_with_their_own() {
+    // Each has computed a prompt of three quarters of its pool, and each is to take the other's over.
+    let mut workers = [Worker::new("a"), Worker::new("b")];
+    let handles: Vec<Handle> = (1u32..)
+        .zip(&mut workers)
+        .map(|(leg, w)| {
+            w.core.start(w.session, prompt(leg, 24, v1::Until::FirstToken), w.now);
+            let mut handle = None;
+            while handle.is_none() || w.core.load().waiting_tokens > 0 {
+                let plan = w.core.plan(w.now).expect("a prompt to compute");
+                handle.get_or_insert_with(|| w.handle());
+                w.core.collected(outcome(&plan, 7), &[], w.now);
+            }
+            w.said();
+            handle.expect("granted with the first plan")
+        })
+        .collect();
+    let take = |leg: u32, handle: &Handle| {
+        let end = v1::Start { leg: leg + 10, attempt: leg + 1, ..prompt(leg, 24, v1::Until::End) };
+        with_handle(end, handle)
+    };
+    let [a, b] = &mut workers;
+    assert!(
+        a.start(take(2, &handles[1])).is_empty() && b.start(take(1, &handles[0])).is_empty(),
+        "both wait"
+    );
+    for w in [&mut *a, &mut *b] {
+        w.now = Time::from_millis(1_000);
+        assert!(w.step(0).concat().contains("refused REFUSE_REASON_OVERLOADED"));
+    }
+    // What their router does then: another worker, and the owner is one.
+    assert_eq!(a.start(v1::Start { attempt: 9, ..take(1, &handles[0]) }), ["11: delta 0=[7]", "1: released"]);
+    assert_eq!(b.start(v1::Start { attempt: 9, ..take(2, &handles[1]) }), ["12: delta 0=[7]", "2: released"]);
+    for w in [a, b] {
+        w.step(8);
+        w.step(9);
+        w.assert_idle();
+    }
+}
+
+#[test]
+fn a_hand_off_does_not_pass_an_older_prompt_that_waits_for_room() {
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let handle = p.handle();
+    let mut d = Worker::new("d");
+    d.start(prompt(2, 20, v1::Until::End));
+    while d.step(7).is_empty() {}
+    d.now = Time::from_millis(10);
+    d.start(prompt(3, 12, v1::Until::End));
+    d.step(7);
+    assert_eq!((d.core.load().running, d.core.load().waiting), (1, 1));
+    // There is room for the hand-off, but the prompt of twelve blocks came first.
+    d.now = Time::from_millis(20);
+    assert_eq!(d.start(with_handle(start(4, 2, v1::Until::End), &handle)), [""; 0]);
+    assert_eq!(d.step(7), ["2: delta 2=[7]", "2: finished FINISH_REASON_LENGTH", "2: released"]);
+    let said = d.step(7);
+    assert_eq!((said.concat().contains("pull"), d.core.load().running), (false, 1), "{said:?}");
+    assert!(d.step(7).contains(&"pull".to_owned()));
+}
+
+/// A Start of leg `leg` for a prompt of whole blocks that no other leg's prompt begins like.
+fn prompt(leg: u32, blocks: u32, until: v1::Until) -> v1::Start {
+    v1::Start {
+        request: convert::id128(u128::from(leg)),
+        tokens: (0..blocks * 32).map(|token| token + leg * 1000).collect(),
+        prompt_tokens: blocks * 32,
+        ..start(leg, 1, until)
+    }
+}
