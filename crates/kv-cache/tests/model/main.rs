@@ -68,24 +68,24 @@ fn at_rest(bounds: &Bounds, state: &State) -> bool {
 #[test]
 fn probe() {
     let bounds = Bounds {
-        pages: 2,
+        pages: std::env::var("PAGES").map_or(2, |f| f.parse().unwrap()),
         second: match std::env::var("SECOND").as_deref() { Ok("handoff") => Second::HandOff, Ok("borrow") => Second::Borrow, _ => Second::Nothing },
         faults: std::env::var("FAULTS").map_or(0, |f| f.parse().unwrap()),
-        flips: 0,
+        flips: std::env::var("FLIPS").map_or(0, |f| f.parse().unwrap()),
         attempts: std::env::var("ATT").map_or([4, 2], |a| [a[..1].parse().unwrap(), a[1..].parse().unwrap()]),
         cancels: true,
         overlap: true,
-        adopts: false,
-        one_sided: false,
-        checksums: false,
+        adopts: std::env::var("ADOPTS").is_ok(),
+        one_sided: std::env::var("ONE_SIDED").is_ok(),
+        checksums: std::env::var("CHECKSUMS").is_ok(),
         time: std::env::var("TIME").is_ok(),
-        given_back_twice: false,
-        mistake: None,
+        given_back_twice: std::env::var("GIVEN_BACK_TWICE").is_ok(),
+        mistake: std::env::var("MISTAKE").ok().map(|m| tandem_kv_cache::Mistake::ALL[m.parse::<usize>().unwrap()]),
     };
     let started = std::time::Instant::now();
-    let checker = bounds.checker().threads(1).spawn_bfs().join();
+    let checker = bounds.checker().threads(1).timeout(std::time::Duration::from_secs(std::env::var("LIMIT").map_or(60, |f| f.parse().unwrap()))).spawn_bfs().join();
     eprintln!("{bounds:?}: {} unique, {} generated, depth {}, {:?}", checker.unique_state_count(), checker.state_count(), checker.max_depth(), started.elapsed());
     for (name, path) in checker.discoveries() {
-        eprintln!("{name}: {} actions: {:#?}\n{:#?}", path.clone().into_actions().len(), path.clone().into_actions(), path.last_state());
+        eprintln!("{name}: {} actions: {:?}\n{:?}", path.clone().into_actions().len(), path.clone().into_actions(), path.last_state());
     }
 }
