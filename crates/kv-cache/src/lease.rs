@@ -164,7 +164,7 @@ pub struct Adopted {
 }
 
 #[derive(Debug)]
-#[cfg_attr(feature = "model", derive(Clone, Hash))]
+#[cfg_attr(feature = "model", derive(Clone))]
 struct Lease {
     pages: Vec<Vec<PageRef>>,
     tokens: u32,
@@ -187,7 +187,7 @@ impl Lease {
 #[cfg_attr(feature = "model", derive(Clone, Hash))]
 struct Remembered {
     /// Who got `Held`.
-    held: Option<ClaimId>,
+    held: ClaimId,
     until: Time,
 }
 
@@ -392,10 +392,11 @@ impl KvCache {
                 EndedWhy::Cancelled | EndedWhy::Expired => self.leases.effects.push(Effect::Lost { claim }),
             }
         }
-        let held = (why == EndedWhy::Pulled).then_some(lease.claim).flatten();
-        let held = held.filter(|_| !self.mistaken.makes(Mistake::VerdictForgotten));
-        let until = now + self.config.lease_time_to_live;
-        self.leases.over.insert(id, Remembered { held, until });
+        if why == EndedWhy::Pulled && !self.mistaken.makes(Mistake::VerdictForgotten) {
+            let held = lease.claim.expect("who pulled has a claim");
+            let until = now + self.config.lease_time_to_live;
+            self.leases.over.insert(id, Remembered { held, until });
+        }
         self.leases.effects.push(Effect::Ended { lease: id, why });
         if why == EndedWhy::Adopted {
             return Some(lease.pages);
@@ -466,8 +467,8 @@ impl KvCache {
     /// answer is remembered for one time to live. Otherwise the puller refuses and only its claim ends.
     pub fn end(&mut self, id: LeaseId, claim: ClaimId, complete: bool, now: Time) -> Verdict {
         let Some(lease) = self.leases.live.get(&id) else {
-            let held = self.leases.over.get(&id).and_then(|over| over.held);
-            return if complete && held == Some(claim) { Verdict::Held } else { Verdict::Lost };
+            let held = self.leases.over.get(&id).is_some_and(|over| over.held == claim);
+            return if complete && held { Verdict::Held } else { Verdict::Lost };
         };
         if lease.claim != Some(claim) {
             if complete && lease.claim.is_some() && self.mistaken.makes(Mistake::FreeAtSupersededEnd) {
@@ -587,13 +588,21 @@ impl Default for Verdict {
     }
 }
 
-/// Claims are those of the leases, so they say nothing more.
+/// Claims are those of the leases, so they say nothing more. Generations count only in whether they still are the
+/// pages' own.
 #[cfg(feature = "model")]
-impl std::hash::Hash for Leases {
+impl std::hash::Hash for KvCache {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.live.hash(state);
-        self.over.hash(state);
-        assert!(self.effects.is_empty(), "effects are taken before anybody looks");
+        self.pool.hash(state);
+        for (id, lease) in &self.leases.live {
+            for (group, list) in (0..).zip(&lease.pages) {
+                list.iter().for_each(|&page| (page.page, self.pool.is_current(group, page)).hash(state));
+            }
+            (id, lease.ready, &lease.sealed, lease.claim, lease.newest).hash(state);
+            (lease.deadline, lease.expires).hash(state);
+        }
+        self.leases.over.hash(state);
+        assert!(self.leases.effects.is_empty(), "effects are taken before anybody looks");
     }
 }
 

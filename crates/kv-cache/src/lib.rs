@@ -102,12 +102,3 @@ impl KvCache {
         self.leases.ids()
     }
 }
-
-/// The rules never change in a run; what is left is who refers to what.
-#[cfg(feature = "model")]
-impl std::hash::Hash for KvCache {
-    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
-        self.pool.hash(state);
-        self.leases.hash(state);
-    }
-}

@@ -224,14 +224,14 @@ impl Pool {
     }
 }
 
-/// Equal for pools that behave alike: stamps count by their order, names of holds not at all, and the index
-/// says nothing that the pages do not.
+/// Equal for pools that behave alike: stamps count by their order, names of holds not at all, generations only
+/// for who has noted one, and the index says nothing that the pages do not.
 #[cfg(feature = "model")]
 impl std::hash::Hash for Pool {
     fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
         for group in &self.groups {
             for page in &group.pages {
-                (page.generation, page.refs, page.hash).hash(state);
+                (page.refs, page.hash).hash(state);
             }
             group.free.hash(state);
             group.idle.len().hash(state);

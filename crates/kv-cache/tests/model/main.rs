@@ -1,10 +1,22 @@
 //! Hand-offs, checked in every order of events: router, owner, two decoders, faults, and time.
+//!
+//! The owner's bookkeeping and the pullers are the crate's own. `TANDEM_MODEL=full` takes the full bounds.
+
+mod action;
+mod bounds;
+mod choices;
+mod decoder;
+mod lender;
+mod owner;
+mod router;
 mod steps;
 mod world;
 
+use action::Action;
+use bounds::{Bounds, Second};
 use stateright::{Checker, Model, Property};
-use steps::Action;
-use world::{Bounds, Ended, Second, State, Wrong};
+use tandem_kv_cache::Mistake;
+use world::{Down, Ended, Stage, State, Wrong};
 
 impl Model for Bounds {
     type State = State;
@@ -23,19 +35,15 @@ impl Model for Bounds {
     }
 
     fn next_state(&self, state: &State, action: Action) -> Option<State> {
-        Some(state.after(self, action))
+        state.after(self, action)
     }
 
     fn properties(&self) -> Vec<Property<Bounds>> {
-        fn never(name: &'static str, wrong: fn(Wrong) -> bool) -> (&'static str, fn(Wrong) -> bool) {
-            (name, wrong)
-        }
-        let _ = never;
-        vec![
+        let mut properties = vec![
             Property::always("no byte is used that was not whole and held", |_, s: &State| {
                 !matches!(s.wrong, Some(Wrong::BytesUsed | Wrong::BytesSeen))
             }),
-            Property::always("no page is reused while referred to", |_, s: &State| {
+            Property::always("no page is freed while referred to", |_, s: &State| {
                 s.wrong != Some(Wrong::Reused)
             }),
             Property::always("a newer attempt gets through and an older one ends nothing", |_, s: &State| {
@@ -49,13 +57,24 @@ impl Model for Bounds {
             }),
             Property::always("no assertion fails", |_, s: &State| s.wrong != Some(Wrong::Panicked)),
             Property::always("at rest nothing is held and every request has ended", at_rest),
-            Property::sometimes("both requests end well", |_, s: &State| {
-                s.requests.iter().all(|r| r.ended == Some(Ended::Well)) && s.holds_nothing()
+            Property::sometimes("every request is handed off", |bounds: &Bounds, s: &State| {
+                let requests = if bounds.second == Second::Nothing { 1 } else { 2 };
+                let handed_off = |request: &world::Request| request.ended == Some(Ended::HandedOff);
+                s.requests[..requests].iter().all(handed_off) && s.holds_nothing()
             }),
-        ]
+            Property::sometimes("a page arrives while the next is computed", |_, s: &State| overlaps(s)),
+        ];
+        if self.faults > 0 {
+            properties.push(Property::sometimes("a claim is superseded", |_, s: &State| {
+                s.streams.iter().any(|stream| stream.down.contains(&Down::Superseded))
+            }));
+        }
+        properties
     }
 }
 
+/// With no message and no decision pending, every request has ended, no hand-off's lease stands, and what is
+/// still held (a prefix that was lent to nobody) waits for a timer.
 fn at_rest(bounds: &Bounds, state: &State) -> bool {
     if state.wrong.is_some() || state.given_back_twice || !state.pending(bounds).is_empty() {
         return true;
@@ -65,27 +84,161 @@ fn at_rest(bounds: &Bounds, state: &State) -> bool {
     ended && !state.hand_offs_stand(bounds) && (timers || state.holds_nothing())
 }
 
+fn overlaps(state: &State) -> bool {
+    state.owner.legs.iter().any(|leg| {
+        let of = |decoding: &&world::DecodeLeg| {
+            decoding.key.request == leg.key.request && decoding.bytes[0] != world::Bytes::default()
+        };
+        let followed = state.decoders.iter().flat_map(|decoder| &decoder.legs).any(|leg| of(&leg));
+        followed && matches!(leg.stage, Stage::Running { whole: 1, .. })
+    })
+}
+
+/// Checks one configuration to its end and says how much there was.
+#[allow(clippy::disallowed_methods)] // how long it took is no part of what is checked
+fn check(name: &str, bounded: Bounds, full: Bounds) {
+    steps::expect_panics();
+    let started = std::time::Instant::now();
+    if std::env::var("TANDEM_MODEL").is_ok_and(|value| value == "full") {
+        // Depth first: what waits to be visited stays small. The depth is that of the longest path taken.
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        judge(name, started, &full.checker().threads(threads).spawn_dfs().join());
+    } else {
+        judge(name, started, &bounded.checker().spawn_bfs().join());
+    }
+}
+
+fn judge(name: &str, started: std::time::Instant, checker: &impl Checker<Bounds>) {
+    let (states, transitions) = (checker.unique_state_count(), checker.state_count());
+    let (depth, seconds) = (checker.max_depth(), started.elapsed().as_secs_f32());
+    println!("{name}: {states} states, {transitions} transitions, depth {depth}, {seconds:.0} s");
+    checker.assert_properties();
+}
+
+#[test]
+fn one_hand_off() {
+    let bounded = Bounds { faults: 1, flips: 1, time: true, ..Bounds::ONE };
+    check("one hand-off", bounded, Bounds { faults: 2, ..bounded });
+}
+
+#[test]
+fn one_hand_off_with_two_faults() {
+    let bounded = Bounds { faults: 2, ..Bounds::ONE };
+    check("one hand-off, two faults", bounded, Bounds { adopts: true, flips: 1, ..bounded });
+}
+
+#[test]
+fn two_hand_offs_through_the_same_pages() {
+    let bounded = Bounds { faults: 1, ..Bounds::TWO };
+    check("two hand-offs", bounded, Bounds { faults: 2, time: true, ..bounded });
+}
+
+#[test]
+fn two_hand_offs_side_by_side() {
+    let bounded = Bounds { pages: 4, ..Bounds::TWO };
+    check("two hand-offs side by side", bounded, Bounds { faults: 1, ..bounded });
+}
+
+#[test]
+fn the_owner_may_go_on_itself() {
+    let bounded = Bounds { faults: 1, flips: 1, adopts: true, ..Bounds::ONE };
+    check("adoption", bounded, Bounds { time: true, ..bounded });
+}
+
+#[test]
+fn peers_may_read_the_owners_memory_themselves_and_check_sums() {
+    let bounded = Bounds { faults: 1, one_sided: true, checksums: true, ..Bounds::ONE };
+    check("one-sided reads with checksums", bounded, Bounds { time: true, ..bounded });
+}
+
+#[test]
+fn prefixes_are_lent() {
+    let full = Bounds { faults: 1, ..Bounds::LEND };
+    check("a lent prefix", Bounds::LEND, full);
+}
+
+#[test]
+fn pages_that_were_given_back_too_early_are_noticed_by_the_verdict() {
+    let full = Bounds { cancels: true, ..Bounds::GIVEN_BACK };
+    check("pages given back too early", Bounds::GIVEN_BACK, full);
+}
+
+/// The fewest actions after which a mistake breaks this property.
+fn shortest(mistake: Mistake, property: &'static str, bounds: Bounds) {
+    steps::expect_panics();
+    let bounds = Bounds { mistake: Some(mistake), ..bounds };
+    let found =
+        |depth: usize| bounds.checker().target_max_depth(depth).spawn_bfs().join().discovery(property);
+    let path = (2..30).find_map(found).unwrap_or_else(|| panic!("{mistake:?} goes unnoticed"));
+    let actions = path.into_actions();
+    println!("{mistake:?}: \"{property}\" breaks after {} actions: {actions:?}", actions.len());
+}
+
+#[test]
+fn freeing_at_a_superseded_end_is_noticed() {
+    let property = "a newer attempt gets through and an older one ends nothing";
+    shortest(Mistake::FreeAtSupersededEnd, property, Bounds { faults: 1, ..Bounds::ONE });
+}
+
+#[test]
+fn a_verdict_without_a_look_at_generations_is_noticed() {
+    let property = "no byte is used that was not whole and held";
+    shortest(Mistake::NoGenerationCheck, property, Bounds::GIVEN_BACK);
+}
+
+#[test]
+fn a_verdict_that_is_not_remembered_is_noticed() {
+    let property = "the owner does not contradict itself";
+    shortest(Mistake::VerdictForgotten, property, Bounds { faults: 1, ..Bounds::ONE });
+}
+
+#[test]
+fn a_renewal_past_the_deadline_is_noticed() {
+    let property = "no lease outlives its request's deadline";
+    shortest(Mistake::RenewalPastDeadline, property, Bounds { time: true, ..Bounds::ONE });
+}
+
+#[test]
+fn reading_before_ready_is_noticed() {
+    shortest(Mistake::ReadingBeforeReady, "no byte is used that was not whole and held", Bounds::ONE);
+}
 #[test]
 fn probe() {
+    let n = |name: &str, default: u32| std::env::var(name).map_or(default, |f| f.parse().unwrap());
+    let a = n("ATT", 41);
     let bounds = Bounds {
-        pages: std::env::var("PAGES").map_or(2, |f| f.parse().unwrap()),
-        second: match std::env::var("SECOND").as_deref() { Ok("handoff") => Second::HandOff, Ok("borrow") => Second::Borrow, _ => Second::Nothing },
-        faults: std::env::var("FAULTS").map_or(0, |f| f.parse().unwrap()),
-        flips: std::env::var("FLIPS").map_or(0, |f| f.parse().unwrap()),
-        attempts: std::env::var("ATT").map_or([4, 2], |a| [a[..1].parse().unwrap(), a[1..].parse().unwrap()]),
+        pages: n("PAGES", 2),
+        second: match std::env::var("SECOND").as_deref() {
+            Ok("handoff") => Second::HandOff,
+            Ok("borrow") => Second::Borrow,
+            _ => Second::Nothing,
+        },
+        faults: n("FAULTS", 0) as u8,
+        flips: n("FLIPS", 0) as u8,
+        attempts: [(a / 10) as u8, (a % 10) as u8],
         cancels: true,
         overlap: true,
-        adopts: std::env::var("ADOPTS").is_ok(),
-        one_sided: std::env::var("ONE_SIDED").is_ok(),
-        checksums: std::env::var("CHECKSUMS").is_ok(),
-        time: std::env::var("TIME").is_ok(),
-        given_back_twice: std::env::var("GIVEN_BACK_TWICE").is_ok(),
-        mistake: std::env::var("MISTAKE").ok().map(|m| tandem_kv_cache::Mistake::ALL[m.parse::<usize>().unwrap()]),
+        adopts: n("ADOPTS", 0) > 0,
+        one_sided: n("ONE_SIDED", 0) > 0,
+        checksums: n("CHECKSUMS", 0) > 0,
+        time: n("TIME", 0) > 0,
+        given_back_twice: n("TWICE", 0) > 0,
+        mistake: std::env::var("MISTAKE").ok().map(|m| Mistake::ALL[m.parse::<usize>().unwrap()]),
     };
     let started = std::time::Instant::now();
-    let checker = bounds.checker().threads(1).timeout(std::time::Duration::from_secs(std::env::var("LIMIT").map_or(60, |f| f.parse().unwrap()))).spawn_bfs().join();
-    eprintln!("{bounds:?}: {} unique, {} generated, depth {}, {:?}", checker.unique_state_count(), checker.state_count(), checker.max_depth(), started.elapsed());
+    let limit = std::time::Duration::from_secs(n("LIMIT", 60).into());
+    let checker = bounds.checker().timeout(limit).threads(2).spawn_dfs().join();
+    println!(
+        "unique {}, {} generated, depth {}, {:?}",
+        checker.unique_state_count(),
+        checker.state_count(),
+        checker.max_depth(),
+        started.elapsed()
+    );
     for (name, path) in checker.discoveries() {
-        eprintln!("{name}: {} actions: {:?}\n{:?}", path.clone().into_actions().len(), path.clone().into_actions(), path.last_state());
+        println!("{name}: {} actions: {:?}", path.clone().into_actions().len(), path.clone().into_actions());
+        if path.last_state().wrong.is_some() {
+            println!("{:?}", path.last_state());
+        }
     }
 }

@@ -7,63 +7,11 @@ use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
-use tandem_kv_cache::{Config, FirstTokenBundle, HoldId, KvCache, Mistake, Puller, Table};
+use tandem_kv_cache::{Config, FirstTokenBundle, HoldId, KvCache, Puller, Table};
 use tandem_types::{BlockHash, ClaimId, LeaseId, Time};
 
-/// Tokens of a prompt: two pages, the second of which is not full.
-pub const TOKENS: u32 = 40;
-/// Pages of a prompt.
-pub const BLOCKS: u32 = 2;
-/// A lease that nobody renews ends after so many ticks.
-pub const TIME_TO_LIVE: Duration = Duration::from_nanos(1);
-/// Every request's deadline: a renewed lease would outlive it.
-pub const DEADLINE: Time = Time(2);
-/// No more time passes after this; all leases are over by then.
-pub const HORIZON: Time = Time(2);
-
-/// What the second request is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Second {
-    /// There is none.
-    Nothing,
-    /// Another prompt to hand off.
-    HandOff,
-    /// A prompt with the first one's beginning, computed by a decoder that asks the owner to lend it.
-    Borrow,
-}
-
-/// The bounds of one check.
-#[derive(Clone, Copy, Debug)]
-pub struct Bounds {
-    /// Pages of the owner's pool.
-    pub pages: u32,
-    /// What the second request is.
-    pub second: Second,
-    /// Faults of a run, at most.
-    pub faults: u8,
-    /// Role changes of a run, at most.
-    pub flips: u8,
-    /// Starts of each request, at most; then the router gives it up.
-    pub attempts: [u8; 2],
-    /// Whether clients may leave.
-    pub cancels: bool,
-    /// Whether decode may start before the first token.
-    pub overlap: bool,
-    /// Whether the owner may go on itself.
-    pub adopts: bool,
-    /// Whether peers read the owner's memory without asking it.
-    pub one_sided: bool,
-    /// Whether pages travel with checksums.
-    pub checksums: bool,
-    /// Whether time passes.
-    pub time: bool,
-    /// Whether the owner's own code may give a table back once too often.
-    pub given_back_twice: bool,
-    /// A rule that is broken.
-    pub mistake: Option<Mistake>,
-}
+use crate::bounds::*;
 
 /// What half a page holds: whose block, and which prefill wrote it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -86,6 +34,9 @@ pub struct Key {
     pub attempt: u8,
 }
 
+/// The work that the owner does beside the requests.
+pub const OWN_WORK: Key = Key { request: 2, attempt: 1 };
+
 /// What a puller needs to find a lease and its pages.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Handle {
@@ -102,8 +53,10 @@ pub struct Handle {
 /// How a request ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// Somebody goes on from its KV, or its first token was the last.
-    Well,
+    /// Somebody goes on from its KV.
+    HandedOff,
+    /// Its first token was the last.
+    Finished,
     /// With an error.
     Failed,
     /// The client left, or the router died and broke its connection.
@@ -111,8 +64,10 @@ pub enum Ended {
 }
 
 impl Hash for Ended {
-    /// Nothing depends on how.
-    fn hash<H: Hasher>(&self, _: &mut H) {}
+    /// Nothing depends on how; the checker is asked for hand-offs, so those it must tell apart.
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        (*self == Ended::HandedOff).hash(state);
+    }
 }
 
 /// Where the router believes that decode is.
