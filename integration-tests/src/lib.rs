@@ -1,6 +1,7 @@
 //! Shared harness of the integration tests: whole clusters through their public doors, in this process or in
 //! many, and a small HTTP client to talk to them.
 
+pub mod chaos;
 pub mod checkpoints;
 pub mod client;
 pub mod cluster;

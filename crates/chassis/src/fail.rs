@@ -123,6 +123,16 @@ pub struct Fault {
 struct Armed {
     fault: Fault,
     passed: u32,
+    struck: Option<String>,
+}
+
+/// What became of an armed fault.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Fate {
+    /// Which.
+    pub fault: Fault,
+    /// Whom it struck, where the point knows that; `None` if it never did.
+    pub struck: Option<String>,
 }
 
 /// Faults armed on all threads.
@@ -139,15 +149,16 @@ thread_local! {
 pub fn arm(fault: Fault) {
     let known = POINTS.iter().any(|(name, _)| *name == fault.point);
     assert!(known, "there is no fail point {:?}", fault.point);
-    FAULTS.with_borrow_mut(|faults| faults.push(Armed { fault, passed: 0 }));
+    FAULTS.with_borrow_mut(|faults| faults.push(Armed { fault, passed: 0, struck: None }));
     ARMED.fetch_add(1, Ordering::Relaxed);
 }
 
-/// Takes all faults of this thread away. Returns those that never struck.
-pub fn disarm() -> Vec<Fault> {
-    let left = FAULTS.take();
-    ARMED.fetch_sub(left.len(), Ordering::Relaxed);
-    left.into_iter().map(|armed| armed.fault).collect()
+/// Takes all faults of this thread away and says what became of them.
+pub fn disarm() -> Vec<Fate> {
+    let faults = FAULTS.take();
+    let left = faults.iter().filter(|armed| armed.struck.is_none()).count();
+    ARMED.fetch_sub(left, Ordering::Relaxed);
+    faults.into_iter().map(|Armed { fault, struck, .. }| Fate { fault, struck }).collect()
 }
 
 /// Whether anything is armed anywhere.
@@ -171,17 +182,19 @@ fn strike(point: &'static str, whom: &str) -> Option<Action> {
         };
         let mut struck = None;
         for (index, armed) in faults.iter_mut().enumerate() {
-            if meant(&armed.fault) {
+            if armed.struck.is_none() && meant(&armed.fault) {
                 armed.passed += 1;
                 if armed.passed == armed.fault.nth {
                     struck.get_or_insert(index);
                 }
             }
         }
-        let fault = faults.remove(struck?).fault;
+        let armed = &mut faults[struck?];
+        armed.struck = Some(whom.to_owned());
         ARMED.fetch_sub(1, Ordering::Relaxed);
-        tracing::info!(point, whom, action = fault.action.as_str(), "a fail point strikes");
-        Some(fault.action)
+        let action = armed.fault.action;
+        tracing::info!(point, whom, action = action.as_str(), "a fail point strikes");
+        Some(action)
     })
 }
 
@@ -320,7 +333,7 @@ mod tests {
         let start = seam::now();
         let messages = stream::iter((1..=4).map(Ok));
         let read = through(messages, "w", named).map(|message| message.ok()).collect().await;
-        assert_eq!(disarm(), []);
+        assert!(disarm().iter().all(|fate| fate.struck.is_some()));
         (read, seam::now().since(start).as_millis())
     }
 

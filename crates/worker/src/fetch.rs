@@ -12,7 +12,7 @@ use futures_util::stream::FuturesUnordered;
 use futures_util::{StreamExt, TryStreamExt};
 use tandem_chassis::{fail, seam};
 use tandem_kv_cache::{FirstTokenBundle, GiveUp, PullAction, PullEvent, Puller, Verdict};
-use tandem_kv_transfer::{Completion, Peer, Pull};
+use tandem_kv_transfer::{Completion, Peer, Pull, PullError};
 use tandem_proto::v1::lender_client::LenderClient;
 use tandem_proto::v1::{self, follow_event, follow_request};
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence, convert};
@@ -24,6 +24,11 @@ use crate::core::{PageSum, PullFailure, PullOrder, Transfer};
 use crate::faulty;
 use crate::lender::{FOLLOW_BEAT, FOLLOW_SILENCE_MAX};
 use crate::pull::{CALL_MAX, Context};
+
+/// A pull of nothing may take so long: as long as a lease that nobody renews.
+const PULL_MAX: Duration = Duration::from_secs(10);
+/// A network slower than this is no way to hand KV over; computing it again is faster.
+const BYTES_PER_SECOND_MIN: u64 = 16 << 20;
 
 /// What a pull brought.
 pub(crate) struct Taken {
@@ -121,7 +126,11 @@ impl<'a> Fetching<'a> {
                     if pulls.is_empty() {
                         self.rest();
                     }
-                    let event = self.arrived(id, blocks, completion);
+                    let denied = matches!(completion.bytes, Err(PullError::Denied));
+                    let mut event = self.arrived(id, blocks, completion);
+                    if denied && let Some(why) = self.last_word().await {
+                        event = why;
+                    }
                     for _ in 1..times {
                         self.puller.on(event.clone());
                     }
@@ -190,6 +199,22 @@ impl<'a> Fetching<'a> {
         }
     }
 
+    /// The owner's word on why the claim stands no more, which may still be on its way when a pull is denied.
+    async fn last_word(&mut self) -> Option<PullEvent> {
+        let word = async {
+            loop {
+                match self.follow.next().await {
+                    Heard::Event(word @ (PullEvent::Done | PullEvent::Superseded | PullEvent::Lost(_))) => {
+                        return Some(word);
+                    }
+                    Heard::Event(PullEvent::StreamClosed(_)) => return None,
+                    Heard::Event(_) | Heard::Ready { .. } => {}
+                }
+            }
+        };
+        seam::timeout(CALL_MAX, word).await.unwrap_or_default()
+    }
+
     fn pull_blocks(&self, id: u64, claim: ClaimId, blocks: Range<u32>) -> PullFuture<'a> {
         let range = blocks.start as usize..blocks.end as usize;
         let mut remote = Vec::new();
@@ -204,7 +229,11 @@ impl<'a> Fetching<'a> {
         }
         let local = self.context.region.clone();
         let checksums = self.context.checksums;
-        let pull = Pull { claim, remote, local, local_offsets, checksums, deadline: self.order.deadline };
+        let bytes: u64 = remote.iter().map(|range| range.len).sum();
+        // An owner that hangs after the seal is noticed here only.
+        let longest = PULL_MAX + Duration::from_secs(bytes / BYTES_PER_SECOND_MIN);
+        let deadline = self.order.deadline.min(seam::now() + longest);
+        let pull = Pull { claim, remote, local, local_offsets, checksums, deadline };
         let peer = self.peer.clone();
         let owner = &self.handle.owner.0;
         Box::pin(async move {

@@ -7,6 +7,7 @@ use std::env;
 use std::process::ExitCode;
 
 mod bench;
+mod chaos;
 mod protoc;
 mod test;
 mod tidy;
@@ -14,7 +15,7 @@ mod tools;
 mod up;
 mod workspace;
 
-const COMMANDS: &[&str] = &["up", "test", "bench", "tidy", "protoc-path", "help"];
+const COMMANDS: &[&str] = &["up", "test", "bench", "chaos", "tidy", "protoc-path", "help"];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> =
@@ -43,6 +44,7 @@ fn run(arguments: &[String]) -> Result<(), String> {
         "up" => up::up(rest)?,
         "test" => test::test(&test::options(rest)?)?,
         "bench" => bench::bench(rest)?,
+        "chaos" => chaos::chaos(rest)?,
         "tidy" => without_arguments(command, rest).and_then(|()| tidy::tidy())?,
         "protoc-path" => {
             without_arguments(command, rest)?;
@@ -68,6 +70,9 @@ cargo xtask up [-- ARGS]                  build in release and start a cluster o
 cargo xtask test [FILTER] [--lane NAME]   install what the tests need, run them all, or those whose
                                           name contains FILTER, or one lane of them
 cargo xtask bench NAME [OPTIONS]          build a bench in release and run it
+cargo xtask chaos --level failpoints [--runs N] [--seed S]
+                                          run clusters under seeded faults and print what came of them;
+                                          a case that fails names the command that repeats it
 cargo xtask tidy                          check the rules of the layout, licences and sources
 cargo xtask protoc-path                   print a path under which this program is a protoc
 
@@ -92,7 +97,7 @@ mod tests {
         let run = |words: &[&str]| run(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         assert_eq!(
             run(&["tests"]).unwrap_err(),
-            "there is no command `tests`: it is one of up, test, bench, tidy, protoc-path, help"
+            "there is no command `tests`: it is one of up, test, bench, chaos, tidy, protoc-path, help"
         );
         assert!(run(&["tidy", "now"]).unwrap_err().contains("no arguments"));
         assert!(run(&["test", "--lane", "x"]).unwrap_err().contains("rust, etcd"));

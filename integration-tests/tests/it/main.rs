@@ -5,6 +5,7 @@
 //! - `handoff`: what is moved, when, and what becomes of bytes that are wrong
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
 //! - `faults`: workers that die, fail, refuse and come back
+//! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
 //! - `references`: checkpoints agree with their references through the API
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
@@ -14,6 +15,7 @@
 //! - `openai`: the openai Python package, unmodified
 
 mod broken;
+mod chaos;
 mod equality;
 mod etcd;
 mod faults;
