@@ -8,13 +8,22 @@ use crate::workspace;
 /// Replaces this process by `chaos ARGS`, so that its exit code is its own. Returns only when that did not come
 /// about.
 pub fn chaos(arguments: &[String]) -> Result<(), String> {
-    let build = ["build", "--package=tandem-integration-tests", "--bin=chaos"];
-    let status =
-        workspace::cargo().args(build).status().map_err(|error| format!("cannot run cargo: {error}"))?;
+    // Virtual time costs little and has the checks of a debug build; processes run as they are shipped.
+    let processes = arguments.iter().any(|word| ["processes", "soak"].contains(&word.as_str()));
+    let mut build = vec!["build", "--package=tandem-integration-tests", "--bin=chaos"];
+    if processes {
+        build.extend(["--package=tandem", "--bin=tandem", "--release"]);
+    }
+    let target = workspace::read()?.target;
+    let status = workspace::cargo()
+        .env("PROTOC", workspace::protoc(&target)?)
+        .args(build)
+        .status()
+        .map_err(|error| format!("cannot run cargo: {error}"))?;
     if !status.success() {
         return Err("the program that runs cases does not build".to_owned());
     }
-    let program = workspace::read()?.target.join("debug/chaos");
+    let program = target.join(if processes { "release" } else { "debug" }).join("chaos");
     let error = Command::new(&program).args(arguments).exec();
     Err(format!("cannot start {}: {error}", program.display()))
 }
