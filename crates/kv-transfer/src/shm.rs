@@ -378,7 +378,11 @@ impl Peer for ShmPeer {
             tokio::select! {
                 biased;
                 gone = gone => Err(gone),
-                done = seam::timeout(left, self.try_pull(&pull)) => done.unwrap_or(Err(PullError::Deadline)),
+                done = seam::timeout(left, self.try_pull(&pull)) => match done {
+                    // A copy goes on also while nobody polls this; it may have ended in time, but is noticed late.
+                    Ok(Ok(_)) if seam::now() >= pull.deadline => Err(PullError::Deadline),
+                    done => done.unwrap_or(Err(PullError::Deadline)),
+                },
             }
         };
         // A copy that did not come to its end has ended with its future.

@@ -152,7 +152,7 @@ async fn accept(listener: TcpListener, owner: Arc<Owner>) {
 
 impl Owner {
     async fn serve(&self, stream: TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
+        Socket::prepare(&stream)?;
         let mut stream = match &self.tls {
             Some(tls) => limited(STALL_MAX, tls.accept(stream)).await?,
             None => Socket::plain(stream),

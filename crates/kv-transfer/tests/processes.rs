@@ -9,9 +9,9 @@ fn row(name: &str) -> &'static Row {
     TRANSPORTS.iter().find(|row| row.name == name).expect("a row")
 }
 
+/// The tests below start this as the owner's process. For everybody else it has nothing to do.
 #[tokio::test]
-#[ignore = "not a test: the tests beside it start this as the owner's process"]
-async fn owner_process() {
+async fn this_program_is_an_owner_when_it_is_told_to_be_one() {
     if let Ok(name) = std::env::var(ROW) {
         conformance::owner(row(&name)).await;
     }
@@ -21,7 +21,9 @@ async fn check(name: &'static str) {
     let program = std::env::current_exe().expect("this program has a path");
     let command = || {
         let mut command = Command::new(&program);
-        command.args(["owner_process", "--exact", "--ignored", "--nocapture"]).env(ROW, name);
+        command
+            .args(["this_program_is_an_owner_when_it_is_told_to_be_one", "--exact", "--nocapture"])
+            .env(ROW, name);
         command
     };
     conformance::run_with_processes(row(name), command).await;

@@ -8,22 +8,21 @@ use crate::workspace;
 /// Replaces this process by `chaos ARGS`, so that its exit code is its own. Returns only when that did not come
 /// about.
 pub fn chaos(arguments: &[String]) -> Result<(), String> {
-    // Virtual time costs little and has the checks of a debug build; processes run as they are shipped.
+    // Virtual time has the checks of a debug build at the speed of its own profile; processes run as they are
+    // shipped.
     let processes = arguments.iter().any(|word| ["processes", "soak"].contains(&word.as_str()));
     let mut build = vec!["build", "--package=tandem-integration-tests", "--bin=chaos"];
     if processes {
         build.extend(["--package=tandem", "--bin=tandem", "--release"]);
+    } else {
+        build.push("--profile=chaos");
     }
-    let target = workspace::read()?.target;
-    let status = workspace::cargo()
-        .env("PROTOC", workspace::protoc(&target)?)
-        .args(build)
-        .status()
-        .map_err(|error| format!("cannot run cargo: {error}"))?;
+    let status =
+        workspace::cargo().args(build).status().map_err(|error| format!("cannot run cargo: {error}"))?;
     if !status.success() {
         return Err("the program that runs cases does not build".to_owned());
     }
-    let program = target.join(if processes { "release" } else { "debug" }).join("chaos");
+    let program = workspace::read()?.target.join(if processes { "release" } else { "chaos" }).join("chaos");
     let error = Command::new(&program).args(arguments).exec();
     Err(format!("cannot start {}: {error}", program.display()))
 }

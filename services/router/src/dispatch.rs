@@ -6,6 +6,8 @@
 //! once and in order, and there is exactly one terminal event. Dropping the course drops its legs, and that
 //! cancels them everywhere.
 
+mod round;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +16,8 @@ use std::time::Duration;
 use serde_json::json;
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_placement::{Candidate, Policy};
+use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
-use tandem_proto::{WireError, convert};
 use tandem_types::{FinishReason, Sampled, Time, Usage, WorkerId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Instrument;
@@ -25,6 +27,7 @@ use crate::metrics::Metrics;
 use crate::records::{Record, Records};
 use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, PromptShare, Route};
 use crate::workers::Workers;
+use round::{Again, Round, broken_after_delta, broken_before_delta, finish};
 
 /// Work redone after faults: at most this many attempts of a request.
 const FAULTS_MAX: u32 = 3;
@@ -140,33 +143,6 @@ impl Dispatcher {
     /// Waits for running requests, at most this long, then ends them.
     pub async fn finish(&self, limit: Duration) {
         self.tasks.shutdown(limit).await;
-    }
-}
-
-/// How a round ended.
-enum Round {
-    /// The answer is complete.
-    Finished(FinishReason),
-    /// Place it again.
-    Again(Again),
-    /// The request is over with an error.
-    Broken(DispatchError),
-}
-
-/// Why a request is placed again, and how.
-struct Again {
-    /// Who is better avoided.
-    avoid: Option<WorkerId>,
-    /// Whether work was lost by a fault.
-    fault: bool,
-    /// The lease that it was to go on from may serve for the next try.
-    lease_serves: bool,
-    why: String,
-}
-
-impl Again {
-    fn new(avoid: Option<WorkerId>, fault: bool, why: String) -> Again {
-        Again { avoid, fault, lease_serves: true, why }
     }
 }
 
@@ -352,7 +328,7 @@ impl Course {
                 LegEvent::Worker(event::Event::Released(_)) if from_follower => decode = None,
                 event if from_follower => {
                     let leg = decode.take().expect("it has just spoken");
-                    match self.broken_before_delta(&leg, event) {
+                    match broken_before_delta(leg.worker(), event) {
                         Round::Again(again) if !again.lease_serves => return Round::Again(again),
                         Round::Again(again) => {
                             if let Err(error) = self.count("decode placed again", again) {
@@ -368,7 +344,7 @@ impl Course {
                     let leg = decode.take().expect("looked at above");
                     return self.stream(leg, None, false).await;
                 }
-                event => return self.broken_before_delta(&prefill, event),
+                event => return broken_before_delta(prefill.worker(), event),
             }
         }
     }
@@ -468,8 +444,8 @@ impl Course {
                     let why = format!("{} preempted it", leg.worker());
                     return Round::Again(Again { lease_serves: !own_delta, ..Again::new(None, false, why) });
                 }
-                other if own_delta => return self.broken_after_delta(&leg, other),
-                other => return self.broken_before_delta(&leg, other),
+                other if own_delta => return broken_after_delta(leg.worker(), self.faults, other),
+                other => return broken_before_delta(leg.worker(), other),
             }
         }
     }
@@ -636,69 +612,6 @@ impl Course {
         );
         link.open(start)
             .map_err(|error| Round::Again(Again::new(Some(link.worker.clone()), false, error.to_string())))
-    }
-
-    // ------------------------------------------------------------------ what went wrong
-
-    /// Nothing of this leg has reached the client as its own: it can be placed again.
-    fn broken_before_delta(&self, leg: &Leg, event: LegEvent) -> Round {
-        let avoid = Some(leg.worker().clone());
-        match event {
-            LegEvent::Worker(event::Event::Refused(refused)) => {
-                let why = format!("{} refused it: {}", leg.worker(), refused.message);
-                match refused.reason() {
-                    v1::RefuseReason::ContextLength => {
-                        Round::Broken(DispatchError::ContextLength { message: refused.message })
-                    }
-                    v1::RefuseReason::Unsupported => {
-                        Round::Broken(DispatchError::Unsupported(refused.message))
-                    }
-                    v1::RefuseReason::Invalid => Round::Broken(DispatchError::Internal(why)),
-                    _ => Round::Again(Again::new(avoid, false, why)),
-                }
-            }
-            LegEvent::Worker(event::Event::Failed(failed)) => {
-                if failed.reason() == v1::FailReason::Deadline {
-                    return Round::Broken(DispatchError::Deadline);
-                }
-                use v1::FailReason as Reason;
-                let why = format!("{} failed: {}", leg.worker(), failed.message);
-                let lease_serves =
-                    !matches!(failed.reason(), Reason::LeaseLost | Reason::Superseded | Reason::Corrupt);
-                Round::Again(Again { lease_serves, ..Again::new(avoid, true, why) })
-            }
-            LegEvent::Worker(event::Event::Preempted(_)) => {
-                let why = format!("{} preempted it", leg.worker());
-                Round::Again(Again::new(None, false, why))
-            }
-            LegEvent::Lost(why) => Round::Again(Again::new(avoid, true, format!("{}: {why}", leg.worker()))),
-            // Released without our cancel: the lease or the leg ended there.
-            LegEvent::Worker(_) => {
-                let why = format!("{} let go of it", leg.worker());
-                Round::Again(Again::new(avoid, true, why))
-            }
-        }
-    }
-
-    /// The client has tokens of this leg, and this version cannot move a stream: it ends loudly.
-    fn broken_after_delta(&self, leg: &Leg, event: LegEvent) -> Round {
-        let message = match event {
-            LegEvent::Worker(event::Event::Failed(failed)) if failed.reason() == v1::FailReason::Deadline => {
-                return Round::Broken(DispatchError::Deadline);
-            }
-            LegEvent::Worker(event::Event::Failed(failed)) => failed.message,
-            LegEvent::Lost(why) => why.to_owned(),
-            LegEvent::Worker(_) => "it let go of the request".to_owned(),
-        };
-        let message = format!("{}: {message}", leg.worker());
-        Round::Broken(DispatchError::WorkerLost { attempts: self.faults + 1, message })
-    }
-}
-
-fn finish(finished: &v1::Finished) -> Round {
-    match convert::read_finish(finished) {
-        Ok(reason) => Round::Finished(reason),
-        Err(error @ WireError { .. }) => Round::Broken(DispatchError::Internal(error.to_string())),
     }
 }
 

@@ -77,6 +77,16 @@ impl Process {
         assert_eq!(unsafe { libc::kill(id, signal) }, 0);
     }
 
+    /// Returns when all of its threads have stopped.
+    fn stop(&self) {
+        self.signal(libc::SIGSTOP);
+        let id = self.child.id().expect("it runs");
+        // SAFETY: plain numbers, for which zeros are good.
+        let mut info: libc::siginfo_t = unsafe { std::mem::zeroed() };
+        // SAFETY: waits for a child of ours to stop, and takes nothing from whoever waits for its end.
+        assert_eq!(unsafe { libc::waitid(libc::P_PID, id, &mut info, libc::WSTOPPED) }, 0);
+    }
+
     /// Polls a pull until the owner has let it through, and no further.
     async fn begin<'a>(&mut self, peer: &'a dyn Peer, pull: Pull) -> Result<Midway<'a>, Completion> {
         let mut midway = Box::pin(peer.pull(pull));
@@ -133,7 +143,7 @@ async fn an_owner_stopped_midway(row: &'static Row, mut process: Process) {
         }
         limit *= 4;
     };
-    process.signal(libc::SIGSTOP);
+    process.stop();
     let done = midway.await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}: a hung peer costs the deadline", row.name);
     let_go(row, done).await;

@@ -10,9 +10,14 @@ use tokio::net::TcpStream;
 
 /// A puller sleeps until so many bytes are there, or all that are still to come. Otherwise it wakes up for every
 /// segment, and where cores are few it takes them from the sender.
-const LOW_WATER_BYTES: usize = 512 << 10;
+const LOW_WATER_BYTES: usize = 256 << 10;
 /// Fewer bytes are not worth the system calls.
 const LOW_WATER_MIN: usize = 64 << 10;
+
+/// What an owner may have written that was not yet sent on; the system keeps as much again for itself. An owner
+/// that may write everything at once does so before its puller gets a turn, and what the puller then reads is
+/// no longer in the cache. Enough for any network within a cluster.
+const SEND_BUFFER_BYTES: usize = 512 << 10;
 
 /// One lane's connection.
 pub(crate) enum Socket {
@@ -31,6 +36,12 @@ pub(crate) struct Plain {
 impl Socket {
     pub(crate) fn plain(stream: TcpStream) -> Socket {
         Socket::Plain(Plain { stream, low_water: 1 })
+    }
+
+    /// An accepted connection, before anything is said on it.
+    pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
+        stream.set_nodelay(true)?;
+        set(stream, libc::SO_SNDBUF, SEND_BUFFER_BYTES)
     }
 
     /// Reads what there is into the slices, none of which is empty: at least a byte, or none at the end. `rest` bytes
@@ -70,24 +81,27 @@ impl Plain {
         if wanted == self.low_water {
             return Ok(());
         }
-        let value = wanted as libc::c_int;
-        // SAFETY: a plain system call on an open descriptor; the value lives for the call and has the length that is
-        // said.
-        let set = unsafe {
-            libc::setsockopt(
-                self.stream.as_raw_fd(),
-                libc::SOL_SOCKET,
-                libc::SO_RCVLOWAT,
-                (&raw const value).cast(),
-                size_of_val(&value) as libc::socklen_t,
-            )
-        };
-        if set != 0 {
-            return Err(io::Error::last_os_error());
-        }
+        set(&self.stream, libc::SO_RCVLOWAT, wanted)?;
         self.low_water = wanted;
         Ok(())
     }
+}
+
+/// Sets an option of the socket to a number of bytes.
+fn set(stream: &TcpStream, option: libc::c_int, bytes: usize) -> io::Result<()> {
+    let value = bytes as libc::c_int;
+    // SAFETY: a plain system call on an open descriptor; the value lives for the call and has the length that is
+    // said.
+    let set = unsafe {
+        libc::setsockopt(
+            stream.as_raw_fd(),
+            libc::SOL_SOCKET,
+            option,
+            (&raw const value).cast(),
+            size_of_val(&value) as libc::socklen_t,
+        )
+    };
+    if set == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 impl AsyncRead for Socket {

@@ -217,7 +217,12 @@ fn nth(point: &str, random: &mut Random) -> u32 {
 
 fn ask(index: u64, situation: Situation, prefix: &[u32], random: &mut Random) -> Ask {
     let slow = situation == Situation::SlowClient && index == 0;
-    let length = if situation == Situation::SmallPool { 60..120 } else { 1..260 };
+    let length = match situation {
+        Situation::SmallPool => 60..120,
+        // Long enough for a decoder to follow while the prompt is still being computed.
+        _ if random.percent(30) => 1024..1400,
+        _ => 1..260,
+    };
     let length = random.within(length);
     let mut prompt = random.prompt(length);
     if random.percent(30) {
@@ -226,6 +231,7 @@ fn ask(index: u64, situation: Situation, prefix: &[u32], random: &mut Random) ->
     let tokens = match situation {
         _ if slow => 2500,
         Situation::SmallPool => random.within(60..180) as u32,
+        _ if random.percent(10) => 1,
         _ => random.within(1..50) as u32,
     };
     Ask {
@@ -233,12 +239,16 @@ fn ask(index: u64, situation: Situation, prefix: &[u32], random: &mut Random) ->
         at: Duration::from_millis(random.within(0..2000)),
         prompt,
         tokens,
-        choices: if random.percent(10) { 2 } else { 1 },
+        choices: if random.percent(15) { 2 } else { 1 },
         seed: random.percent(40).then(|| random.within(0..1 << 40)),
         streamed: slow || random.percent(70),
         logprobs: slow || random.percent(10),
-        leaves: (!slow && random.percent(if situation == Situation::Leaving { 70 } else { 20 }))
-            .then(|| Duration::from_millis(random.within(0..2500))),
+        leaves: match situation {
+            _ if slow => None,
+            Situation::Leaving => random.percent(70).then(|| random.within(0..500)),
+            _ => random.percent(20).then(|| random.within(0..2500)),
+        }
+        .map(Duration::from_millis),
         stalls: slow.then(|| (3, Duration::from_secs(random.within(4..9)))),
     }
 }

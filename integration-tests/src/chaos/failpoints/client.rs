@@ -184,6 +184,10 @@ impl<'a> Answer<'a> {
     fn judge_whole(&mut self, status: u16, whole: &Value) -> Ended {
         if status != 200 {
             return match whole["error"]["message"].as_str().filter(|text| !text.is_empty()) {
+                // Before its first token nothing stands in the way of placing it again.
+                Some(message) if self.ask.streamed && given_up_early(message) => {
+                    Ended::Wrongly(format!("given up before its first token: {message}"))
+                }
                 Some(message) => Ended::Loudly(format!("{status}: {message}")),
                 None => Ended::Wrongly(format!("{status} without a word")),
             };
@@ -219,6 +223,11 @@ impl<'a> Answer<'a> {
         }
         Ended::Whole
     }
+}
+
+/// Whether the router says that it has lost a worker fewer than three times.
+fn given_up_early(message: &str) -> bool {
+    ["(attempt 1)", "(attempt 2)"].iter().any(|attempt| message.contains(attempt))
 }
 
 /// GET of JSON.

@@ -6,6 +6,7 @@ use serde_json::Value;
 use tandem_chassis::fail::{self, Action, Fate};
 use tandem_chassis::seam;
 use tandem_engine::fake::Ordinary;
+use tandem_types::Time;
 use tokio::runtime::Handle;
 
 use super::case::{Ask, Case, Situation};
@@ -93,6 +94,7 @@ pub(crate) async fn run(case: &Case) -> Report {
     case.faults.iter().cloned().for_each(fail::arm);
     load(&world, case, &ordinary, &mut report).await;
     report.fates = fail::disarm();
+    let over = seam::now();
     for ask in &case.asks {
         let record = world.record(&ask.name).await;
         let notes = record["events"].as_array().cloned().unwrap_or_default();
@@ -101,7 +103,8 @@ pub(crate) async fn run(case: &Case) -> Report {
     }
 
     let fallen = fallen(&report.fates);
-    rest(&world, &fallen, baseline, &mut report).await;
+    report.violations.extend(shells(&world, &report.fates).await);
+    rest(&world, &fallen, baseline, over, &mut report).await;
     if fallen.len() < world.workers.len() {
         // Steps that fail by themselves may end it too, but not every time.
         let attempts = if case.situation == Situation::Failing { 8 } else { 1 };
@@ -178,9 +181,31 @@ fn fallen(fates: &[Fate]) -> Vec<String> {
     fates.iter().filter(deadly).filter_map(|fate| fate.struck.clone()).collect()
 }
 
+/// Fallen workers that still look alive: one whose step loop panicked has to end, and none may take work.
+async fn shells(world: &World, fates: &[Fate]) -> Vec<String> {
+    if fallen(fates).is_empty() {
+        return Vec::new();
+    }
+    // The watchdog needs two seconds to be sure.
+    seam::sleep(Duration::from_secs(3)).await;
+    let ready = world.ready().await;
+    let mut shells = Vec::new();
+    for worker in world.workers.iter().filter(|worker| fallen(fates).contains(&worker.id)) {
+        let panicked = |fate: &Fate| {
+            let engine = fate.fault.point.starts_with("engine.") && fate.fault.action == Action::Panic;
+            engine && fate.struck.as_ref() == Some(&worker.id)
+        };
+        if ready.contains(&worker.id) {
+            shells.push(format!("{} has fallen and takes work", worker.id));
+        } else if fates.iter().any(panicked) && worker.state().await.is_ok() {
+            shells.push(format!("the step loop of {} has panicked, and its shell lives", worker.id));
+        }
+    }
+    shells
+}
+
 /// Waits until nothing is held and everybody takes work again.
-async fn rest(world: &World, fallen: &[String], baseline: usize, report: &mut Report) {
-    let began = seam::now();
+async fn rest(world: &World, fallen: &[String], baseline: usize, over: Time, report: &mut Report) {
     loop {
         // Asking takes tasks too, so they are counted some time after the last question.
         seam::sleep(Duration::from_millis(500)).await;
@@ -209,7 +234,7 @@ async fn rest(world: &World, fallen: &[String], baseline: usize, report: &mut Re
         if held.is_empty() {
             return;
         }
-        if seam::now().since(began) >= REST_MAX {
+        if seam::now().since(over) >= REST_MAX {
             report.violations.extend(held.into_iter().map(|what| format!("after {REST_MAX:?}: {what}")));
             return;
         }

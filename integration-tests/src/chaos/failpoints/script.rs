@@ -31,6 +31,9 @@ pub(crate) async fn play(world: &World, plot: Plot, seed: u64, ordinary: &Ordina
         .unwrap_or_else(|_| Ended::Wrongly(format!("{plot:?}: a leg had no last word after {END_MAX:?}")))
 }
 
+/// So often even workers that refuse four of ten do not refuse in a row.
+const WARM_ATTEMPTS: u128 = 100;
+
 /// Lets every worker pull from every other, so that all connections that are kept stand.
 pub(crate) async fn warm(world: &World) {
     let mut sessions = Vec::new();
@@ -40,10 +43,9 @@ pub(crate) async fn warm(world: &World) {
     let count = sessions.len();
     let pairs = (0..count * count).map(|pair| (pair / count, pair % count)).filter(|(a, b)| a != b);
     for (owner, puller) in pairs {
-        // Where workers refuse or fail by themselves a few attempts are needed; one that never gets through
-        // leaves a connection unopened, and the case with a baseline that is too low.
-        for attempt in 0..8 {
-            let id = (owner * count + puller) as u128 * 8 + attempt + 1;
+        // Where workers refuse or fail by themselves a few attempts are needed.
+        for attempt in 0..WARM_ATTEMPTS {
+            let id = (owner * count + puller) as u128 * WARM_ATTEMPTS + attempt + 1;
             let request = Request { id, prompt: vec![1, 2, id as u32 % 370], tokens: 2 };
             let mut prefill = sessions[owner].start(request.start(1, v1::Until::FirstToken));
             let Some(event::Event::Granted(granted)) = prefill.next().await else { continue };
