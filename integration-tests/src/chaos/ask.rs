@@ -149,12 +149,13 @@ impl Line {
 
     /// Whether another request may follow.
     pub fn is_open(&self) -> bool {
-        self.sender.is_ready()
+        !self.sender.is_closed()
     }
 
     /// GET of JSON.
     pub async fn get(&mut self, path: &str) -> Result<Value, String> {
         let request = Request::get(path).header("host", "tandem").body(Full::default());
+        self.sender.ready().await.map_err(|error| error.to_string())?;
         let answer = self.sender.send_request(request.expect("a good request")).await;
         let body = answer.map_err(|error| error.to_string())?.into_body().collect().await;
         let body = body.map_err(|error| error.to_string())?.to_bytes();
@@ -169,6 +170,9 @@ impl Line {
             .header("content-type", "application/json")
             .header("x-request-id", &question.name)
             .body(Full::from(question.body().to_string()));
+        if let Err(error) = self.sender.ready().await {
+            return heard.broken = Some(error.to_string());
+        }
         let mut body = match self.sender.send_request(request.expect("a good request")).await {
             Ok(answer) => {
                 heard.status = answer.status().as_u16();
@@ -268,9 +272,8 @@ mod tests {
 
     #[test]
     fn only_a_whole_answer_is_complete_and_only_one_that_says_so_is_loud() {
-        let usage = || {
-            json!({ "choices": [], "usage": { "prompt_tokens": 3, "completion_tokens": 3 } }).to_string()
-        };
+        let usage =
+            || json!({ "choices": [], "usage": { "prompt_tokens": 3, "completion_tokens": 3 } }).to_string();
         let error = || json!({ "error": { "code": "upstream_error", "message": "x" } }).to_string();
         let done = || "[DONE]".to_owned();
         let wrong = |events: Vec<String>, part: &str| match ends(events) {

@@ -9,6 +9,7 @@ use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, MutexGuard};
 use std::time::Duration;
 
 use serde_json::Value;
@@ -49,6 +50,8 @@ pub struct Fleet {
     members: BTreeMap<String, Member>,
     /// What each had open when it was at rest.
     at_rest: BTreeMap<String, Open>,
+    /// To admin ports, kept: a connection that has just been closed would count as left behind.
+    lines: Mutex<HashMap<String, Line>>,
     logs: PathBuf,
 }
 
@@ -70,8 +73,14 @@ impl Fleet {
         seam::spawn(async move { server.await.unwrap_or_default() });
         let logs = std::env::temp_dir().join(format!("tandem-chaos-{}-{name}", std::process::id()));
         fs::create_dir_all(&logs).map_err(|error| format!("{}: {error}", logs.display()))?;
-        let mut fleet =
-            Fleet { membership, parent, members: BTreeMap::new(), at_rest: BTreeMap::new(), logs };
+        let mut fleet = Fleet {
+            membership,
+            parent,
+            members: BTreeMap::new(),
+            at_rest: BTreeMap::new(),
+            lines: Mutex::default(),
+            logs,
+        };
         for (id, mut arguments) in members {
             arguments.extend([
                 format!("--id={id}"),
@@ -107,6 +116,7 @@ impl Fleet {
         let member = self.members.get_mut(id).unwrap_or_else(|| panic!("there is no {id}"));
         let _ = member.process.kill();
         let _ = member.process.wait();
+        self.lines().remove(id);
     }
 
     /// Starts a killed one again, under its name.
@@ -143,9 +153,26 @@ impl Fleet {
     /// GET from a member's admin port, as JSON.
     pub async fn get(&self, id: &str, path: &str) -> Result<Value, String> {
         let admin = address(id, self.registration(id).map(|known| known.admin))?;
-        let answer = async { Line::open(admin).await?.get(path).await };
+        let answer = async {
+            let kept = self.lines().remove(id);
+            // A kept one may have been closed meanwhile; a fresh one decides.
+            if let Some(mut line) = kept
+                && let Ok(answer) = line.get(path).await
+            {
+                self.lines().insert(id.to_owned(), line);
+                return Ok(answer);
+            }
+            let mut line = Line::open(admin).await?;
+            let answer = line.get(path).await?;
+            self.lines().insert(id.to_owned(), line);
+            Ok::<_, String>(answer)
+        };
         let answer = seam::timeout(Duration::from_secs(5), answer).await;
         answer.map_err(|_| format!("{id} does not answer"))?.map_err(|error| format!("{id}: {error}"))
+    }
+
+    fn lines(&self) -> MutexGuard<'_, HashMap<String, Line>> {
+        self.lines.lock().expect("nothing panics under this lock")
     }
 
     /// A member's `/admin/state`.
@@ -276,8 +303,7 @@ impl Fleet {
 
     fn open(&self, id: &str, state: &Value) -> Open {
         let pids = self.members.values().map(|member| member.process.id());
-        let known: HashSet<u64> =
-            pids.chain([std::process::id()]).flat_map(|pid| sockets(pid).1).collect();
+        let known: HashSet<u64> = pids.chain([std::process::id()]).flat_map(|pid| sockets(pid).1).collect();
         let (all, sockets) = sockets(self.member(id).process.id());
         let links = Links::read();
         let connections = sockets.iter().filter(|socket| links.lives(**socket, &known)).count();
@@ -377,9 +403,10 @@ impl Links {
 
     /// Whether the socket is one end of a connection whose other end is among the known.
     fn lives(&self, socket: u64, known: &HashSet<u64>) -> bool {
-        let other = self.by_inode.get(&socket).and_then(|(local, remote)| {
-            self.by_ends.get(&(remote.clone(), local.clone()))
-        });
+        let other = self
+            .by_inode
+            .get(&socket)
+            .and_then(|(local, remote)| self.by_ends.get(&(remote.clone(), local.clone())));
         other.is_some_and(|other| known.contains(other))
     }
 }

@@ -65,7 +65,13 @@ type Samples = BTreeMap<String, [Vec<u64>; TENTHS]>;
 pub async fn run(options: Options, done: &(dyn Fn() + Sync)) -> Result<Report, String> {
     let ordinary = Arc::new(Ordinary::read(&checkpoints::named(MODEL)).map_err(|error| error.to_string())?);
     let mut fleet = Fleet::start(&format!("soak-{}", options.seed), members()).await?;
-    let soak = Soak { options, ordinary, next: AtomicU64::new(0), report: Mutex::default(), samples: Mutex::default() };
+    let soak = Soak {
+        options,
+        ordinary,
+        next: AtomicU64::new(0),
+        report: Mutex::default(),
+        samples: Mutex::default(),
+    };
     // A few first, so that every connection is there that is kept.
     soak.run(&fleet, 0, CLIENTS * 4, &|| {}).await?;
     fleet.note_rest().await?;
@@ -134,7 +140,13 @@ enum Leaves {
 
 impl Soak {
     /// Asks so many requests, the first with number `first`.
-    async fn run(&self, fleet: &Fleet, first: u64, requests: u64, done: &(dyn Fn() + Sync)) -> Result<(), String> {
+    async fn run(
+        &self,
+        fleet: &Fleet,
+        first: u64,
+        requests: u64,
+        done: &(dyn Fn() + Sync),
+    ) -> Result<(), String> {
         let api = fleet.api()?;
         self.next.store(0, Ordering::Relaxed);
         let clients = (0..CLIENTS).map(|_| async {
@@ -233,7 +245,8 @@ impl Report {
             let grown = tenths[TENTHS - 1] as i64 - tenths[1] as i64;
             if grown > GROWTH_MAX {
                 let kib = grown >> 10;
-                self.violations.push(format!("{id} has grown by {kib} KiB from the second tenth to the last"));
+                self.violations
+                    .push(format!("{id} has grown by {kib} KiB from the second tenth to the last"));
             }
             self.memory.push((id, tenths));
         }
@@ -263,7 +276,8 @@ impl fmt::Display for Report {
         writeln!(f, "| process |{}", (1..=TENTHS).map(|tenth| format!(" {tenth} |")).collect::<String>())?;
         writeln!(f, "|---|{}", "---|".repeat(TENTHS))?;
         for (id, tenths) in &self.memory {
-            let mebibytes = tenths.iter().map(|bytes| format!(" {:.1} |", *bytes as f64 / f64::from(1 << 20)));
+            let mebibytes =
+                tenths.iter().map(|bytes| format!(" {:.1} |", *bytes as f64 / f64::from(1 << 20)));
             writeln!(f, "| {id} |{}", mebibytes.collect::<String>())?;
         }
         Ok(())

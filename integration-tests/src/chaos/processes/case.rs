@@ -15,8 +15,8 @@ use super::super::fleet::{Fleet, ROUTER};
 use super::super::random::Random;
 use super::{ANSWER_MAX, MODEL};
 
-/// How often a stage may pass unseen.
-const TRIES: u32 = 8;
+/// How often a stage is looked for.
+const TRIES: u32 = 6;
 /// Tokens of the watched request's answer.
 const WATCHED_TOKENS: u64 = 32;
 /// Requests after the case until one must have come to the struck worker.
@@ -143,6 +143,8 @@ pub struct Outcome {
     pub(super) complete: u64,
     /// Stages that passed unseen.
     pub(super) missed: u32,
+    /// The last one too: the fault came after it.
+    pub(super) late: bool,
     /// From the last answer's end until everybody was at rest.
     pub(super) rest: Duration,
 }
@@ -198,6 +200,13 @@ impl Asked {
     }
 }
 
+/// Whether the watched request's stage was met.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Seen {
+    Now,
+    Passed,
+}
+
 /// Who works for the watched request.
 #[derive(Debug, Default)]
 struct Route {
@@ -229,21 +238,23 @@ impl Case {
 
     /// Runs it on a cluster at rest and leaves the cluster at rest.
     pub async fn run(&self, fleet: &mut Fleet, ordinary: &Ordinary) -> Result<Outcome, Violation> {
-        for missed in 0..TRIES {
+        for missed in 0.. {
             if let Some(outcome) = self.attempt(fleet, ordinary, missed).await? {
                 return Ok(Outcome { missed, ..outcome });
             }
         }
-        Err(Violation(format!("the stage was not seen in {TRIES} tries")))
+        unreachable!("the last try strikes")
     }
 
-    /// `None` if the stage passed unseen, and nothing was struck.
+    /// `None` if the stage passed unseen, and nothing was struck. The last try strikes all the same: what must hold
+    /// does not depend on the moment.
     async fn attempt(
         &self,
         fleet: &mut Fleet,
         ordinary: &Ordinary,
         nth: u32,
     ) -> Result<Option<Outcome>, Violation> {
+        let last = nth + 1 >= TRIES;
         let mut random = Random::new(self.seed ^ u64::from(nth) << 32);
         let mut asked = Vec::new();
         for index in 0..if self.stage == Stage::Queued { 4 } else { 2 } {
@@ -253,7 +264,7 @@ impl Case {
             let name = format!("company-{index}");
             asked.push(Asked::ask(fleet, self.question(&mut random, nth, &name, prompt, tokens, streamed))?);
         }
-        if !self.company_is_there(fleet, &mut asked).await {
+        if !self.company_is_there(fleet, &asked).await && !last {
             finish(asked, ordinary).await?;
             return Ok(None);
         }
@@ -263,11 +274,12 @@ impl Case {
         let prompt = random.prompt(length);
         let question = self.question(&mut random, nth, "watched", prompt, WATCHED_TOKENS as usize, true);
         let mut watched = Asked::ask(fleet, question)?;
-        let Some(route) = self.reach(fleet, &mut watched).await else {
-            asked.push(watched);
+        let (seen, route) = self.reach(fleet, &mut watched).await;
+        asked.insert(0, watched);
+        if seen == Seen::Passed && !last {
             finish(asked, ordinary).await?;
             return Ok(None);
-        };
+        }
         let struck = match self.victim {
             Victim::Router => Some(ROUTER.to_owned()),
             Victim::Prefill => route.prefill,
@@ -275,8 +287,8 @@ impl Case {
         };
         let struck = struck.ok_or_else(|| format!("nobody is to {} it", self.victim))?;
         self.strike(fleet, &struck, &mut random, nth, &mut asked).await?;
-        asked.insert(0, watched);
-        self.judge(fleet, ordinary, &struck, asked).await.map(Some)
+        let outcome = self.judge(fleet, ordinary, &struck, asked).await?;
+        Ok(Some(Outcome { late: seen == Seen::Passed, ..outcome }))
     }
 
     fn question(
@@ -296,7 +308,7 @@ impl Case {
     // ------------------------------------------------------------------ reaching the stage
 
     /// Waits until the other requests are where this stage wants them: in front of the watched one, or decoding.
-    async fn company_is_there(&self, fleet: &Fleet, company: &mut [Asked]) -> bool {
+    async fn company_is_there(&self, fleet: &Fleet, company: &[Asked]) -> bool {
         let deadline = seam::now() + Duration::from_secs(5);
         while seam::now() < deadline && company.iter().all(|asked| !asked.is_over()) {
             let there = if self.stage == Stage::Queued {
@@ -314,50 +326,56 @@ impl Case {
         false
     }
 
-    /// Waits until the watched request is in the stage; `None` if it has gone past it.
-    async fn reach(&self, fleet: &Fleet, watched: &mut Asked) -> Option<Route> {
+    /// Waits until the watched request is in the stage, or has gone past it, or has ended.
+    async fn reach(&self, fleet: &Fleet, watched: &mut Asked) -> (Seen, Route) {
         let deadline = seam::now() + ANSWER_MAX;
-        loop {
-            if watched.is_over() || seam::now() > deadline {
-                return None;
-            }
+        let mut known = Route::default();
+        while !watched.is_over() && seam::now() < deadline {
             let tokens = *watched.tokens.borrow_and_update();
-            let begun = tokens > 0;
-            let route = route(fleet, &watched.question.name).await;
-            let (reached, passed) = match self.stage {
-                Stage::Queued => {
-                    let prefill = state(fleet, &route.prefill).await;
-                    (!begun && number(&prefill["waiting"]) > 0, begun)
-                }
-                Stage::Prefilling => {
-                    let prefill = state(fleet, &route.prefill).await;
-                    let busy = number(&prefill["running"]) > 0 && number(&prefill["waiting"]) == 0;
-                    (!begun && busy, begun)
-                }
-                Stage::Transferring => {
-                    let decode = state(fleet, &route.decode).await;
-                    let pulls = number(&decode["legs"])
-                        > number(&decode["running"]) + number(&decode["waiting"]);
-                    (tokens <= 1 && pulls, tokens > 1)
-                }
-                Stage::FirstToken => (tokens == 1, tokens > 1),
-                Stage::Decoding => (tokens >= self.decoded, tokens >= WATCHED_TOKENS as usize - 1),
-                Stage::Finishing => (tokens >= WATCHED_TOKENS as usize - 1, false),
-            };
+            // Asking takes as long as a token; by the first token all has been said but the choice made then.
+            if tokens == 0 || (tokens == 1 && self.victim == Victim::Decode) {
+                known = route(fleet, &watched.question.name).await;
+            }
+            let reached = self.is_in(fleet, &known, tokens).await;
             // The stage may have ended while it was looked at.
-            let still = match self.stage {
-                Stage::Queued | Stage::Prefilling => *watched.tokens.borrow() == 0,
-                Stage::Transferring | Stage::FirstToken => *watched.tokens.borrow() <= 1,
-                Stage::Decoding | Stage::Finishing => !watched.is_over(),
-            };
-            match (reached && still, passed) {
-                (true, _) => return Some(route),
-                (false, true) => return None,
+            let passed = *watched.tokens.borrow() > self.tokens_max() || watched.is_over();
+            match (reached, passed) {
+                (_, true) => return (Seen::Passed, known),
+                (true, false) => return (Seen::Now, known),
                 (false, false) if self.stage >= Stage::FirstToken => {
-                    let _ = seam::timeout(Duration::from_millis(100), watched.tokens.changed()).await;
+                    let _ = seam::timeout(Duration::from_millis(5), watched.tokens.changed()).await;
                 }
                 (false, false) => {}
             }
+        }
+        (Seen::Passed, route(fleet, &watched.question.name).await)
+    }
+
+    /// Whether a request with so many tokens is in the stage, as far as the workers' states tell.
+    async fn is_in(&self, fleet: &Fleet, route: &Route, tokens: usize) -> bool {
+        match self.stage {
+            Stage::Queued => number(&state(fleet, &route.prefill).await["waiting"]) > 0,
+            Stage::Prefilling => {
+                let prefill = state(fleet, &route.prefill).await;
+                number(&prefill["running"]) > 0 && number(&prefill["waiting"]) == 0
+            }
+            Stage::Transferring => {
+                let decode = state(fleet, &route.decode).await;
+                number(&decode["legs"]) > number(&decode["running"]) + number(&decode["waiting"])
+            }
+            Stage::FirstToken => tokens == 1,
+            Stage::Decoding => tokens >= self.decoded,
+            Stage::Finishing => tokens >= WATCHED_TOKENS as usize - 1,
+        }
+    }
+
+    /// With more tokens than these a request is past the stage.
+    fn tokens_max(&self) -> usize {
+        match self.stage {
+            Stage::Queued | Stage::Prefilling => 0,
+            Stage::Transferring | Stage::FirstToken => 1,
+            Stage::Decoding => WATCHED_TOKENS as usize - 2,
+            Stage::Finishing => WATCHED_TOKENS as usize,
         }
     }
 
@@ -465,11 +483,7 @@ impl Case {
 }
 
 /// Asks on a cluster without faults.
-pub async fn must_complete(
-    fleet: &Fleet,
-    question: &Question,
-    ordinary: &Ordinary,
-) -> Result<(), Violation> {
+pub async fn must_complete(fleet: &Fleet, question: &Question, ordinary: &Ordinary) -> Result<(), Violation> {
     finish(vec![Asked::ask(fleet, question.clone())?], ordinary).await
 }
 

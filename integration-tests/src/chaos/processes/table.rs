@@ -22,6 +22,7 @@ pub struct Table {
     complete: u64,
     slowest_rest: f64,
     missed: u64,
+    late: u64,
     /// One text for each case that did not hold: seed, what happened, and the command that repeats it.
     pub violations: Vec<String>,
 }
@@ -34,6 +35,7 @@ impl Table {
         self.requests += outcome.requests;
         self.complete += outcome.complete;
         self.missed += u64::from(outcome.missed);
+        self.late += u64::from(outcome.late);
         self.slowest_rest = self.slowest_rest.max(outcome.rest.as_secs_f64());
     }
 
@@ -54,6 +56,7 @@ impl Table {
         self.requests += other.requests;
         self.complete += other.complete;
         self.missed += other.missed;
+        self.late += other.late;
         self.slowest_rest = self.slowest_rest.max(other.slowest_rest);
         self.violations.extend(other.violations);
     }
@@ -88,9 +91,9 @@ impl fmt::Display for Table {
         writeln!(
             f,
             "\nWatched requests: complete + loud. {cases} cases, {failed} failed; {} requests in all, {} complete \
-             and bit-equal, {loud} loud; at rest again after at most {:.1} s; {} stages passed unseen and were \
-             tried again.",
-            self.requests, self.complete, self.slowest_rest, self.missed
+             and bit-equal, {loud} loud; at rest again after at most {:.1} s. {} stages passed unseen and were \
+             tried again, {} were struck late.",
+            self.requests, self.complete, self.slowest_rest, self.missed, self.late
         )
     }
 }
