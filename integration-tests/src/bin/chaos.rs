@@ -116,7 +116,7 @@ async fn soak(options: &Options) -> Result<bool, String> {
     let count = AtomicU64::new(0);
     let done = || {
         let done = count.fetch_add(1, Ordering::Relaxed) + 1;
-        if done.is_multiple_of((requests / 100).max(1)) {
+        if done.is_multiple_of((requests / 20).max(1)) {
             progress(done, requests, 0);
         }
     };

@@ -135,10 +135,22 @@ pub struct Case {
     decoded: usize,
 }
 
+/// What came of the watched request of a case that held.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Watched {
+    /// It completed at its first attempt.
+    #[default]
+    Whole,
+    /// It completed after it had been placed again.
+    Again,
+    /// It ended loudly.
+    Loud,
+}
+
 /// What came of a case that held.
 #[derive(Debug, Default)]
 pub struct Outcome {
-    pub(super) watched_completed: bool,
+    pub(super) watched: Watched,
     pub(super) requests: u64,
     pub(super) complete: u64,
     /// Stages that passed unseen.
@@ -425,22 +437,27 @@ impl Case {
     ) -> Result<Outcome, Violation> {
         let mut outcome = Outcome::default();
         let deadline = seam::now() + ANSWER_MAX;
-        for asked in asked {
+        for (index, asked) in asked.into_iter().enumerate() {
             let (question, heard, end) = asked.end(deadline, ordinary).await?;
-            outcome.requests += 1;
-            let End::Loud(why) = end else {
-                outcome.complete += 1;
-                outcome.watched_completed |= outcome.requests == 1;
-                continue;
+            let record = fleet.get(ROUTER, &format!("/admin/requests/{}", question.name)).await;
+            let record = record.unwrap_or_default();
+            let watched = match end {
+                End::Loud(why) if !self.may_be_loud(&record, struck, &question, &heard) => {
+                    return Err(Violation(format!(
+                        "{} ended after {} tokens although {struck} did not decode it: {why}{}",
+                        question.name,
+                        heard.tokens.len(),
+                        brief(&record)
+                    )));
+                }
+                End::Loud(_) => Watched::Loud,
+                _ if was_placed_again(&record) => Watched::Again,
+                _ => Watched::Whole,
             };
-            if !self.may_be_loud(fleet, struck, &question, &heard).await {
-                let record = fleet.get(ROUTER, &format!("/admin/requests/{}", question.name)).await;
-                let record = brief(&record.unwrap_or_default());
-                return Err(Violation(format!(
-                    "{} ended after {} tokens although {struck} did not decode it: {why}{record}",
-                    question.name,
-                    heard.tokens.len()
-                )));
+            outcome.requests += 1;
+            outcome.complete += u64::from(watched != Watched::Loud);
+            if index == 0 {
+                outcome.watched = watched;
             }
         }
         let survivors = fleet.ids().into_iter().filter(|id| self.fault == Fault::Stop || id != struck);
@@ -455,15 +472,11 @@ impl Case {
     }
 
     /// Only a stream whose decode leg was lost after its first delta, or whose router was struck.
-    async fn may_be_loud(&self, fleet: &Fleet, struck: &str, question: &Question, heard: &Heard) -> bool {
-        if self.victim == Victim::Router {
-            return true;
-        }
-        let record = fleet.get(ROUTER, &format!("/admin/requests/{}", question.name)).await;
-        let decoded_there = events(&record.unwrap_or_default(), "start")
-            .any(|start| start["worker"] == struck && start["until"] == "UNTIL_END");
+    fn may_be_loud(&self, record: &Value, struck: &str, question: &Question, heard: &Heard) -> bool {
+        let decoded_there =
+            events(record, "start").any(|start| start["worker"] == struck && start["until"] == "UNTIL_END");
         // Not streamed, nothing is seen of what has come.
-        decoded_there && (!question.streamed || !heard.tokens.is_empty())
+        self.victim == Victim::Router || decoded_there && (!question.streamed || !heard.tokens.is_empty())
     }
 
     /// The struck process, or the one in its place, serves again.
@@ -517,6 +530,12 @@ async fn route(fleet: &Fleet, name: &str) -> Route {
 fn events<'a>(record: &'a Value, what: &'a str) -> impl Iterator<Item = &'a Value> {
     let events = record["events"].as_array().into_iter().flatten();
     events.filter(move |event| event["what"] == what).map(|event| &event["facts"])
+}
+
+/// Whether another attempt was made after one had failed.
+fn was_placed_again(record: &Value) -> bool {
+    let mut events = record["events"].as_array().into_iter().flatten();
+    events.any(|event| event["what"].as_str().is_some_and(|what| what.ends_with("placed again")))
 }
 
 /// A record without its candidates, a line each.
