@@ -22,7 +22,8 @@ pub fn chaos(arguments: &[String]) -> Result<(), String> {
     if !status.success() {
         return Err("the program that runs cases does not build".to_owned());
     }
-    let program = workspace::read()?.target.join(if processes { "release" } else { "chaos" }).join("chaos");
-    let error = Command::new(&program).args(arguments).exec();
+    let built = workspace::read()?.target.join(if processes { "release" } else { "chaos" });
+    let program = built.join("chaos");
+    let error = Command::new(&program).args(arguments).env("TANDEM_BIN", built.join("tandem")).exec();
     Err(format!("cannot start {}: {error}", program.display()))
 }
