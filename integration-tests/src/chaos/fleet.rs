@@ -23,9 +23,12 @@ use crate::processes::tandem;
 pub const ROUTER: &str = "router-0";
 /// Time in which everything must be given back, and everybody be ready again.
 pub const RECOVERY_MAX: Duration = Duration::from_secs(15);
-/// Tasks that a connection between two living processes may cost an end of it.
-const TASKS_PER_CONNECTION: usize = 4;
-/// Such connections one process may keep: a few lanes and a channel per pair.
+/// Tasks that a connection to a service may cost an end of it: who drives it, who waits for its end, and what
+/// queues in front of it.
+const TASKS_PER_CALLER: usize = 4;
+/// Tasks that a connection to a worker's memory may cost an end of it.
+const TASKS_PER_LANE: usize = 1;
+/// Connections one process may keep: a few lanes and a channel per pair.
 const CONNECTIONS_MAX: usize = 64;
 
 /// What a process has open.
@@ -33,8 +36,10 @@ const CONNECTIONS_MAX: usize = 64;
 struct Open {
     /// Open files but for connections between living processes of this cluster.
     files: usize,
-    /// These connections.
-    connections: usize,
+    /// Of these connections, those to services, whose ports are registered.
+    callers: usize,
+    /// And the others: they bring pages.
+    lanes: usize,
     tasks: usize,
 }
 
@@ -287,15 +292,15 @@ impl Fleet {
             .collect();
         if let Some(rest) = self.at_rest.get(id) {
             let open = self.open(id, state);
-            let more = open.connections.saturating_sub(rest.connections);
-            if open.files > rest.files {
-                held.push(format!("{} files, {} at rest", open.files, rest.files));
-            }
-            if open.tasks > rest.tasks + more * TASKS_PER_CONNECTION {
-                held.push(format!("{} tasks, {} at rest, {more} new connections", open.tasks, rest.tasks));
-            }
-            if open.connections > CONNECTIONS_MAX {
-                held.push(format!("{} connections", open.connections));
+            // Which pairs of workers have met varies, so a process may have more connections than it had.
+            let tasks_max = rest.tasks
+                + open.callers.saturating_sub(rest.callers) * TASKS_PER_CALLER
+                + open.lanes.saturating_sub(rest.lanes) * TASKS_PER_LANE;
+            if open.files > rest.files
+                || open.tasks > tasks_max
+                || open.callers + open.lanes > CONNECTIONS_MAX
+            {
+                held.push(format!("{open:?}, at rest {rest:?}"));
             }
         }
         (!held.is_empty()).then(|| held.join(", "))
@@ -306,12 +311,24 @@ impl Fleet {
         let known: HashSet<u64> = pids.chain([std::process::id()]).flat_map(|pid| sockets(pid).1).collect();
         let (all, sockets) = sockets(self.member(id).process.id());
         let links = Links::read();
-        let connections = sockets.iter().filter(|socket| links.lives(**socket, &known)).count();
+        let ports = self.service_ports();
+        let calls = |socket: &u64| links.ports(*socket).iter().any(|port| ports.contains(port));
+        let alive: Vec<u64> = sockets.into_iter().filter(|socket| links.lives(*socket, &known)).collect();
+        let callers = alive.iter().filter(|socket| calls(socket)).count();
         Open {
-            files: all - connections,
-            connections,
+            files: all - alive.len(),
+            callers,
+            lanes: alive.len() - callers,
             tasks: state["tasks"].as_u64().unwrap_or_default() as usize,
         }
+    }
+
+    /// Where this process and the members answer calls.
+    fn service_ports(&self) -> HashSet<u16> {
+        let registered = self.members.keys().filter_map(|id| self.registration(id));
+        let addresses = registered.flat_map(|known| [known.address, known.admin]);
+        let ports = addresses.filter_map(|address| address.parse::<SocketAddr>().ok()).map(|a| a.port());
+        ports.chain([self.parent.port()]).collect()
     }
 
     /// Members whose log tells of a panic, with its first line.
@@ -399,6 +416,14 @@ impl Links {
             links.by_ends.insert(ends, inode);
         }
         links
+    }
+
+    /// Of both ends of a connection.
+    fn ports(&self, socket: u64) -> Vec<u16> {
+        let ends = self.by_inode.get(&socket).map_or([None, None], |(local, remote)| {
+            [local, remote].map(|end| u16::from_str_radix(end.rsplit_once(':')?.1, 16).ok())
+        });
+        ends.into_iter().flatten().collect()
     }
 
     /// Whether the socket is one end of a connection whose other end is among the known.
