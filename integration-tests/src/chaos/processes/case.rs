@@ -297,7 +297,9 @@ impl Case {
             Victim::Prefill => route.prefill,
             Victim::Decode => route.decode,
         };
-        let struck = struck.ok_or_else(|| format!("nobody is to {} it", self.victim))?;
+        // On a busy machine a stage may pass every time before it is seen, and with it who was in it.
+        let anybody = || fleet.ids().into_iter().find(|id| id.starts_with(&self.victim.to_string()));
+        let struck = struck.or_else(anybody).ok_or_else(|| format!("there is no {}", self.victim))?;
         self.strike(fleet, &struck, &mut random, nth, &mut asked).await?;
         let outcome = self.judge(fleet, ordinary, &struck, asked).await?;
         Ok(Some(Outcome { late: seen == Seen::Passed, ..outcome }))
