@@ -1,10 +1,14 @@
 //! gRPC between the processes of a cluster: channels and incoming connections, all made the same way.
 
 use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use futures_util::{Stream, stream};
+use hyper::rt::{Read, ReadBufCursor, Write};
 use hyper_util::rt::TokioIo;
+use tokio::sync::oneshot;
 use tonic::transport::{Channel, Endpoint, Uri};
 
 use crate::seam;
@@ -17,16 +21,76 @@ const CONNECTION_WINDOW: u32 = 4 << 20;
 
 /// Connects to `host:port`. The error says what happened, causes included.
 pub async fn connect(address: &str) -> Result<Channel, String> {
+    connect_watched(address).await.map(|(channel, _)| channel)
+}
+
+/// Connects likewise. The future resolves once the connection has ended, whoever ended it; a channel by itself
+/// keeps quiet about that until it is used again.
+pub async fn connect_watched(address: &str) -> Result<(Channel, impl Future<Output = ()> + use<>), String> {
+    let (alive, ended) = oneshot::channel();
+    // The first connection's; the channel makes further ones when it is used after that.
+    let mut alive = Some(alive);
     let endpoint = Endpoint::from_shared(format!("http://{address}"))
         .map_err(|error| chain(&error))?
         .connect_timeout(CONNECT_MAX)
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW);
-    let connector = tower::service_fn(|uri: Uri| async move {
-        let address = uri.authority().map_or("", |authority| authority.as_str());
-        seam::connect(address).await.map(TokioIo::new)
+    let connector = tower::service_fn(move |uri: Uri| {
+        let alive = alive.take();
+        async move {
+            let address = uri.authority().map_or("", |authority| authority.as_str());
+            let stream = TokioIo::new(seam::connect(address).await?);
+            Ok::<_, io::Error>(Watched { stream, _alive: alive })
+        }
     });
-    endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error))
+    let channel = endpoint.connect_with_connector(connector).await.map_err(|error| chain(&error))?;
+    Ok((channel, async move { drop(ended.await) }))
+}
+
+/// A connection whose drop is heard of.
+struct Watched {
+    stream: TokioIo<seam::Stream>,
+    _alive: Option<oneshot::Sender<()>>,
+}
+
+impl Read for Watched {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: ReadBufCursor<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_read(context, buffer)
+    }
+}
+
+impl Write for Watched {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(context)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(context, parts)
+    }
 }
 
 /// The connections of a listener, for tonic's server.

@@ -52,6 +52,7 @@ impl Subject for WorkerSubject {
                 "legs": core.leg_count(),
                 "cpu_seconds": facts.cpu_seconds,
                 "resident_bytes": facts.resident_bytes,
+                "tasks": facts.tasks,
                 "version": identity.version,
                 "kernel": identity.kernel,
                 "threads": identity.threads,

@@ -11,6 +11,7 @@ mod faulty;
 mod fetch;
 mod lender;
 mod metrics;
+mod owners;
 mod pages;
 mod process;
 mod pull;

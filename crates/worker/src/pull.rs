@@ -1,30 +1,29 @@
 //! All pulls of a worker: whom they reach and how, how they are stopped, and that each reports its end once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use tandem_batching::SequenceId;
 use tandem_chassis::{Shutdown, seam};
-use tandem_kv_transfer::{Buffers, Peer, connect_best};
+use tandem_kv_transfer::{Buffers, connect_best};
 use tandem_memory::Region;
 use tandem_proto::v1;
 use tandem_proto::v1::lender_client::LenderClient;
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
-use tandem_types::{BlockHash, Handle, Incarnation, PageRef, Time, WorkerId};
+use tandem_types::{BlockHash, Handle, PageRef, Time};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
 use tonic::transport::Channel;
 
 use crate::core::{Holder, PullFailure, PullOrder, PullSource};
 use crate::fetch::{Fetching, Taken};
+use crate::owners::{Memory, Owners, Source};
 use crate::pages::PageMap;
 use crate::shared::{PullCommand, Shared};
 
 /// Time for a connection to an owner, or for its answer to a question.
 pub(crate) const CALL_MAX: Duration = Duration::from_secs(2);
-/// Owners whose connections are kept.
-const OWNERS_MAX: usize = 256;
 
 /// Owns every pull of this worker.
 pub(crate) struct Pulls {
@@ -38,41 +37,13 @@ pub(crate) struct Context {
     /// Whether bytes are checked against the owner's checksums.
     pub(crate) checksums: bool,
     ways: Ways,
-    owners: Mutex<HashMap<(WorkerId, Incarnation), Owner>>,
+    owners: Owners,
 }
 
 /// How owners may be reached: `auto` or one transport's name, and what transports are made with.
 pub(crate) struct Ways {
     pub(crate) transport: String,
     pub(crate) options: tandem_kv_transfer::Options,
-}
-
-/// Connections to one start of an owner: to its Lender service, and, once it is needed, to its memory.
-#[derive(Clone)]
-struct Owner {
-    lender: LenderClient<Channel>,
-    memory: Option<(&'static str, Arc<dyn Peer>)>,
-}
-
-/// Who has the bytes.
-struct Source {
-    worker: WorkerId,
-    incarnation: Incarnation,
-    lender: String,
-}
-
-impl Source {
-    fn of(source: &PullSource) -> Source {
-        let (worker, incarnation, lender) = match source {
-            PullSource::Handle(handle) => (&handle.owner, handle.incarnation, &handle.lender),
-            PullSource::Holder { holder, .. } => (&holder.worker, holder.incarnation, &holder.lender),
-        };
-        Source { worker: worker.clone(), incarnation, lender: lender.clone() }
-    }
-
-    fn key(&self) -> (WorkerId, Incarnation) {
-        (self.worker.clone(), self.incarnation)
-    }
 }
 
 impl Pulls {
@@ -83,7 +54,7 @@ impl Pulls {
         ways: Ways,
         checksums: bool,
     ) -> Pulls {
-        let owners = Mutex::default();
+        let owners = Owners::default();
         Pulls { context: Arc::new(Context { shared, region, pages, checksums, ways, owners }) }
     }
 
@@ -183,7 +154,7 @@ impl Context {
     async fn bring(&self, order: &PullOrder) -> Result<Taken, PullFailure> {
         let source = Source::of(&order.source);
         let result = async {
-            let channel = self.reach(&source).await?;
+            let channel = self.owners.lender(&source).await?;
             let handle = match &order.source {
                 PullSource::Handle(handle) => handle.clone(),
                 PullSource::Holder { holder, hashes } => {
@@ -197,7 +168,7 @@ impl Context {
         let result = result.await;
         if !matches!(result, Ok(_) | Err(PullFailure::Done | PullFailure::Superseded)) {
             // Whatever is wrong with the connection, the next pull begins with a new one.
-            self.forget(&source);
+            self.owners.forget(&source);
         }
         result
     }
@@ -252,37 +223,9 @@ impl Context {
         Ok(())
     }
 
-    /// The owner's Lender service, kept for the next pull from it.
-    async fn reach(&self, source: &Source) -> Result<LenderClient<Channel>, PullFailure> {
-        let known = self.owners().get(&source.key()).map(|owner| owner.lender.clone());
-        if let Some(lender) = known {
-            return Ok(lender);
-        }
-        let unreachable = |why: String| PullFailure::Unreachable(format!("{}: {why}", source.worker));
-        let channel = seam::timeout(CALL_MAX, tandem_chassis::grpc::connect(&source.lender))
-            .await
-            .map_err(|_| unreachable(format!("{} does not answer", source.lender)))?
-            .map_err(|e| unreachable(format!("{}: {e}", source.lender)))?;
-        let lender = LenderClient::new(channel);
-        let mut owners = self.owners();
-        if owners.len() >= OWNERS_MAX {
-            owners.clear();
-        }
-        // An earlier start of the same worker is gone for good.
-        owners.retain(|(worker, incarnation), _| {
-            *worker != source.worker || *incarnation == source.incarnation
-        });
-        owners.insert(source.key(), Owner { lender: lender.clone(), memory: None });
-        Ok(lender)
-    }
-
     /// The best way to the owner's memory, kept likewise.
-    async fn connect(
-        &self,
-        source: &Source,
-        handle: &Handle,
-    ) -> Result<(&'static str, Arc<dyn Peer>), PullFailure> {
-        if let Some(memory) = self.owners().get(&source.key()).and_then(|owner| owner.memory.clone()) {
+    async fn connect(&self, source: &Source, handle: &Handle) -> Result<Memory, PullFailure> {
+        if let Some(memory) = self.owners.memory(source) {
             return Ok(memory);
         }
         let connected =
@@ -290,18 +233,8 @@ impl Context {
                 .await;
         let memory = connected.map_err(|e| PullFailure::Unreachable(format!("{}: {e}", source.worker)))?;
         self.shared.metrics.observe_connection(memory.0);
-        if let Some(owner) = self.owners().get_mut(&source.key()) {
-            owner.memory = Some(memory.clone());
-        }
+        self.owners.keep_memory(source, &memory);
         Ok(memory)
-    }
-
-    fn owners(&self) -> MutexGuard<'_, HashMap<(WorkerId, Incarnation), Owner>> {
-        self.owners.lock().expect("nothing panics under this lock")
-    }
-
-    fn forget(&self, source: &Source) {
-        self.owners().remove(&source.key());
     }
 
     /// Pages that a backend may still write to stay in use until it has let go of them.

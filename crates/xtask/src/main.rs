@@ -69,9 +69,11 @@ cargo xtask up [-- ARGS]                  build in release and start a cluster o
                                           ARGS are those of `tandem up` (`cargo xtask up -- --help`)
 cargo xtask test [FILTER] [--lane NAME]   install what the tests need, run them all, or those whose
                                           name contains FILTER, or one lane of them
-cargo xtask chaos --level failpoints [--runs N] [--seed S]
+cargo xtask chaos --level failpoints|processes [--runs N] [--seed S]
                                           run clusters under seeded faults and print what came of them;
                                           a case that fails names the command that repeats it
+cargo xtask chaos --level soak [--requests N] [--seed S]
+                                          very many requests, a third of which leave at a random moment
 cargo xtask bench NAME [OPTIONS]          build a bench in release and run it
 cargo xtask tidy                          check the rules of the layout, licences and sources
 cargo xtask protoc-path                   print a path under which this program is a protoc

@@ -10,7 +10,8 @@ use serde_json::{Value, json};
 use tandem_chassis::seam;
 use tandem_integration_tests::{Client, ProcessCluster, metric, random_checkpoint};
 
-const HELP: &str = "exposed-transfer [--transport NAME] [--prompt-tokens N,N,...] [--runs N] [--json FILE]";
+const HELP: &str =
+    "exposed-transfer [--transport NAME] [--prompt-tokens N,N,...] [--rounds N] [--quick] [--json FILE]";
 
 struct Options {
     transport: String,
@@ -32,9 +33,10 @@ fn options() -> Result<Options, String> {
                 options.prompt_tokens =
                     parsed.map_err(|_| format!("--prompt-tokens takes numbers; {HELP}"))?;
             }
-            "--runs" => {
-                options.runs = value()?.parse().map_err(|_| format!("--runs takes a number; {HELP}"))?
+            "--rounds" => {
+                options.runs = value()?.parse().map_err(|_| format!("--rounds takes a number; {HELP}"))?
             }
+            "--quick" => options = Options { prompt_tokens: vec![1024, 2048], runs: 1, ..options },
             "--json" => options.json = Some(value()?.into()),
             "--help" | "-h" => {
                 println!("{HELP}");

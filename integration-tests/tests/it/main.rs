@@ -6,6 +6,7 @@
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
 //! - `faults`: workers that die, fail, refuse and come back
 //! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
+//! - `fleets`: real processes that are killed and stopped, and very many requests to them
 //! - `references`: checkpoints agree with their references through the API
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
@@ -19,6 +20,7 @@ mod chaos;
 mod equality;
 mod etcd;
 mod faults;
+mod fleets;
 mod handoff;
 mod leaks;
 mod openai;

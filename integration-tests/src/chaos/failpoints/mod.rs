@@ -7,7 +7,6 @@
 mod case;
 mod client;
 mod judge;
-mod random;
 mod script;
 mod table;
 mod world;
@@ -18,6 +17,8 @@ use std::sync::mpsc;
 
 use tandem_chassis::fail;
 use tandem_chassis::seam::{self, Simulation};
+
+use super::random;
 
 pub use case::Case;
 pub use judge::Report;
