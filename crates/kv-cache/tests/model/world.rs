@@ -343,6 +343,7 @@ pub enum Wrong {
 }
 
 /// A moment of the whole.
+#[allow(clippy::derived_hash_with_manual_eq)] // equal is what hashes alike
 #[derive(Clone, Debug, Hash)]
 pub struct State {
     /// The time.
