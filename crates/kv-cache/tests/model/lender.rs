@@ -89,6 +89,7 @@ impl State {
 
     pub fn judge(&mut self, at: usize) {
         let End { key, handle, claim, complete, awaited } = self.ends.remove(at);
+        let first = self.owner.kv.lease_alive(handle.lease);
         let verdict = if handle.incarnation == self.owner.incarnation {
             self.without_harm(claim, |kv, now| kv.end(handle.lease, claim, complete, now))
         } else {
@@ -96,7 +97,8 @@ impl State {
         };
         if complete && handle.incarnation == self.owner.incarnation {
             match (verdict, self.told.get(&claim)) {
-                (Verdict::Held, None) => {
+                // Asked again, it is not remembered any longer for that.
+                (Verdict::Held, None) if first => {
                     self.told.insert(claim, self.now + TIME_TO_LIVE);
                 }
                 (Verdict::Lost | Verdict::Superseded, Some(until)) if self.now < *until => {
