@@ -108,7 +108,7 @@ fn go_on(start: &v1::Start, attempt: u32, handle: &v1::Handle) -> v1::Start {
 
 #[test]
 fn a_page_that_is_spoilt_in_its_owners_pool_is_noticed_counted_and_never_decoded_from() {
-    for transport in ["inproc", "tcp"] {
+    for transport in ["inproc", "shm", "tcp"] {
         run(async move {
             let (cluster, mut prefill, mut decode) = pair(transport).await;
             let prompt = Random(9).prompt(320);

@@ -63,6 +63,12 @@ fn a_trace_goes_through_router_prefill_and_decode_with_a_span_per_stage() {
             for span in scopes.flat_map(|scope| scope.spans) {
                 let trace: String = span.trace_id.iter().map(|byte| format!("{byte:02x}")).collect();
                 if trace == "0af7651916cd43dd8448eb211c80319c" {
+                    if span.name == "transfer" {
+                        // How many bytes moved, for how long, and what of that was waited for after the seal.
+                        let told: BTreeSet<&str> = span.attributes.iter().map(|it| it.key.as_str()).collect();
+                        let wanted = ["bytes", "busy_us", "exposed_bytes", "exposed_us"];
+                        assert!(wanted.iter().all(|key| told.contains(key)), "{told:?}");
+                    }
                     stages.insert(span.name);
                 }
             }
