@@ -5,6 +5,7 @@
 //! which bytes moved.
 
 use std::path::PathBuf;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_chassis::seam;
@@ -12,6 +13,9 @@ use tandem_integration_tests::{Client, ProcessCluster, metric, random_checkpoint
 
 const HELP: &str =
     "exposed-transfer [--transport NAME] [--prompt-tokens N,N,...] [--rounds N] [--quick] [--json FILE]";
+
+/// A long prompt takes minutes on one slow core.
+const PATIENCE: Duration = Duration::from_secs(1200);
 
 struct Options {
     transport: String,
@@ -93,6 +97,7 @@ async fn bench(options: Options) -> Result<(), String> {
         "1",
     ];
     let cluster = ProcessCluster::start(&arguments).await;
+    let api = cluster.api.with_patience(PATIENCE);
     let name =
         cluster.api.get("/v1/models").await.json["data"][0]["id"].as_str().unwrap_or_default().to_owned();
     let workers = cluster.admin.get("/admin/cluster").await.json["workers"].clone();
@@ -116,7 +121,7 @@ async fn bench(options: Options) -> Result<(), String> {
             let prompt: Vec<u32> = (0..tokens).map(|i| (i * 7 + seed * 131) % 1000).collect();
             let before = sums(&decode).await;
             let began = seam::now();
-            let answer = cluster.api.complete(&name, &prompt, json!({ "max_tokens": 2 })).await;
+            let answer = api.complete(&name, &prompt, json!({ "max_tokens": 2 })).await;
             if answer.status != 200 {
                 return Err(format!("a request failed: {}", answer.text));
             }
