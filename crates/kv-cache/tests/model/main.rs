@@ -127,7 +127,7 @@ fn one_hand_off_with_two_faults() {
 #[test]
 fn two_hand_offs_through_the_same_pages() {
     let bounded = Bounds { faults: 1, ..Bounds::TWO };
-    check("two hand-offs", bounded, Bounds { faults: 2, time: true, ..bounded });
+    check("two hand-offs", bounded, Bounds { faults: 2, flips: 1, time: true, ..bounded });
 }
 
 #[test]
