@@ -13,7 +13,7 @@ use hyper_util::rt::TokioExecutor;
 use serde_json::{Value, json};
 use tandem_chassis::seam;
 
-/// No test waits longer than this for one answer.
+/// Nobody waits longer than this for one answer, unless he says so.
 const ANSWER_MAX: Duration = Duration::from_secs(120);
 
 /// Talks to one HTTP port.
@@ -21,6 +21,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(120);
 pub struct Client {
     base: String,
     pool: Pool<HttpConnector, Full<Bytes>>,
+    patience: Duration,
 }
 
 /// An answer, whole.
@@ -49,7 +50,13 @@ pub struct Events {
 impl Client {
     /// For the port at `address`.
     pub fn new(address: SocketAddr) -> Client {
-        Client { base: format!("http://{address}"), pool: Pool::builder(TokioExecutor::new()).build_http() }
+        let pool = Pool::builder(TokioExecutor::new()).build_http();
+        Client { base: format!("http://{address}"), pool, patience: ANSWER_MAX }
+    }
+
+    /// The same, but waits so long for an answer.
+    pub fn with_patience(&self, patience: Duration) -> Client {
+        Client { patience, ..self.clone() }
     }
 
     /// GET.
@@ -83,7 +90,7 @@ impl Client {
             .header("content-type", "application/json")
             .body(Full::from(body.to_string()))
             .map_err(|e| e.to_string())?;
-        let sent = seam::timeout(ANSWER_MAX, self.pool.request(request)).await;
+        let sent = seam::timeout(self.patience, self.pool.request(request)).await;
         let answer = sent.map_err(|_| "no answer")?.map_err(|e| format!("{e:?}"))?;
         let (parts, body) = answer.into_parts();
         Ok(Events { status: parts.status.as_u16(), headers: parts.headers, body, pending: Vec::new() })
@@ -113,7 +120,7 @@ impl Client {
             let json = serde_json::from_str(&text).unwrap_or_default();
             Ok(Answer { status: parts.status.as_u16(), headers: parts.headers, json, text })
         };
-        seam::timeout(ANSWER_MAX, answer).await.map_err(|_| "no answer".to_owned())?
+        seam::timeout(self.patience, answer).await.map_err(|_| "no answer".to_owned())?
     }
 }
 
@@ -162,4 +169,14 @@ impl Events {
         }
         events
     }
+}
+
+/// Sum over all series of a metric in Prometheus text, or of those with one label: `name{label="value"`.
+pub fn metric(text: &str, name: &str) -> f64 {
+    let (name, label) = name.split_once('{').unwrap_or((name, ""));
+    let of_it = |line: &&str| {
+        let rest = line.strip_prefix(name);
+        rest.is_some_and(|rest| rest.starts_with(['{', ' ']) && rest.contains(label))
+    };
+    text.lines().filter(of_it).filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }

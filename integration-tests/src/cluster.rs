@@ -174,6 +174,23 @@ impl TestCluster {
         }
     }
 
+    /// `host:port` of a worker's gRPC services.
+    pub fn grpc(&self, id: &str) -> String {
+        self.worker(id).running.address.to_string()
+    }
+
+    /// Flips a byte of a worker's KV memory, behind everybody's back.
+    pub fn spoil_kv(&self, id: &str, offset: usize) {
+        let region = self.worker(id).running.kv_region().expect("the worker runs");
+        // SAFETY: nothing here keeps a reference to these bytes; whoever races with this reads one value or the
+        // other, and either is what the test is about.
+        unsafe { region.slice_mut(offset, 1)[0] ^= 0x10 };
+    }
+
+    fn worker(&self, id: &str) -> &TestWorker {
+        self.workers.iter().find(|worker| worker.id == id).expect("such a worker")
+    }
+
     /// Workers added from now on have this fake engine.
     pub fn set_fake(&mut self, spec: &str) {
         self.spec.fake = Some(spec.parse().expect("a fake engine's spec"));

@@ -1,12 +1,16 @@
 //! Shared harness of the integration tests: whole clusters through their public doors, in this process or in
 //! many, and a small HTTP client to talk to them.
 
+pub mod chaos;
 pub mod checkpoints;
 pub mod client;
 pub mod cluster;
 pub mod processes;
+pub mod random_checkpoint;
 pub mod skip;
+pub mod wire;
 
-pub use client::{Answer, Client};
+pub use client::{Answer, Client, metric};
 pub use cluster::{Spec, TestCluster};
 pub use processes::ProcessCluster;
+pub use wire::WireRouter;

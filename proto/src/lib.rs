@@ -11,8 +11,10 @@ pub mod v1 {
 }
 
 pub mod convert;
+mod sequence;
 
 pub use convert::WireError;
+pub use sequence::{Gap, Sequence};
 
 /// Oldest protocol version this build understands.
 pub const PROTOCOL_MIN: u32 = 1;

@@ -2,7 +2,7 @@
 //! the budget?).
 
 use tandem_kv_cache::{KvCache, Table};
-use tandem_types::{BLOCK_TOKENS, FinishReason, Time};
+use tandem_types::{BLOCK_TOKENS, FinishReason, Time, Until};
 
 use crate::batcher::{Batcher, Event, Flight, FlightRow};
 use crate::sequence::Sequence;
@@ -67,6 +67,7 @@ impl Batcher {
     /// waits for memory.
     fn admit(&mut self, kv: &mut KvCache, now: Time) -> Vec<SequenceId> {
         let mut admitted = Vec::new();
+        self.starved = None;
         if self.waiting() == 0 {
             return admitted;
         }
@@ -78,13 +79,19 @@ impl Batcher {
                 break;
             }
             let sequence = &self.sequences[&id];
+            if self.yields_to.is_some_and(|older| older < sequence.spec.arrived) {
+                break;
+            }
             let wanted = sequence.wanted_room(context);
             let room = if kv.fits_ever(wanted) { wanted } else { sequence.known() };
             if !kv.fits_ever(room) {
                 self.end_too_large(id, kv, now);
                 continue;
             }
-            let Some((table, cached)) = self.open(id, room, kv, now) else { break };
+            let Some((table, cached)) = self.open(id, room, kv, now) else {
+                self.starved = Some(id);
+                break;
+            };
             self.admitted(id, table, cached);
             admitted.push(id);
         }
@@ -112,7 +119,19 @@ impl Batcher {
     }
 
     /// Pages for a waiting sequence, if need be those of paused ones; never of one that gets rows.
-    pub(crate) fn open(&mut self, id: SequenceId, room: u32, kv: &mut KvCache, now: Time) -> Option<(Table, u32)> {
+    pub(crate) fn open(
+        &mut self,
+        id: SequenceId,
+        room: u32,
+        kv: &mut KvCache,
+        now: Time,
+    ) -> Option<(Table, u32)> {
+        let sequence = &self.sequences[&id];
+        let (hashes, known) = (sequence.chain.hashes(), sequence.known());
+        let grows = if sequence.spec.until == Until::FirstToken { 0 } else { self.draws_left(sequence) };
+        if !self.leaves_room(kv, known, kv.cached_prefix(hashes, known), grows) {
+            return None;
+        }
         loop {
             let sequence = &self.sequences[&id];
             if let Ok(opened) = kv.open(sequence.chain.hashes(), sequence.known(), room, now) {
@@ -200,6 +219,10 @@ impl Batcher {
         kv.counts().in_use <= own
     }
 
+    fn draws_left(&self, sequence: &Sequence) -> u32 {
+        sequence.draws_left(self.config.context_tokens)
+    }
+
     /// The pool or the context holds no more of it.
     fn end_by_length(&mut self, id: SequenceId, kv: &mut KvCache, now: Time) {
         let sequence = &self.sequences[&id];
@@ -213,6 +236,9 @@ impl Batcher {
     /// A sequence leaves with its last event.
     pub(crate) fn remove(&mut self, id: SequenceId, event: Event, kv: &mut KvCache, now: Time) {
         let sequence = self.sequences.remove(&id).expect("callers have looked it up");
+        if let Event::Finished { reason: Some(_), usage, .. } = &event {
+            self.lengths.observe(usage.output_tokens);
+        }
         self.bury(sequence, kv, now);
         self.events.push(event);
     }

@@ -6,7 +6,31 @@ use tandem_types::Time;
 use crate::batcher::{Batcher, Event, Flight, FlightRow};
 use crate::{Outcome, RowOutcome, SequenceId};
 
+/// Positions that the oldest plan in flight computes for a sequence.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Completing {
+    /// Whose.
+    pub id: SequenceId,
+    /// Tokens confirmed before.
+    pub from: u32,
+    /// Tokens confirmed when the plan is collected.
+    pub to: u32,
+    /// Whether it draws a token.
+    pub sample: bool,
+}
+
 impl Batcher {
+    /// What the oldest plan in flight will confirm, for those that are still here: what has to be done to pages
+    /// between their last write and the word that they are whole.
+    pub fn completing(&self) -> impl Iterator<Item = Completing> {
+        let rows = self.in_flight.front().into_iter().flat_map(|flight| &flight.rows);
+        rows.filter_map(|row| {
+            let sequence = self.sequences.get(&row.id).filter(|s| s.slot == Some(row.slot))?;
+            let (from, to) = (sequence.computed, sequence.computed.max(row.end));
+            Some(Completing { id: row.id, from, to, sample: row.sample })
+        })
+    }
+
     /// Takes in the outcome of the oldest plan in flight.
     ///
     /// # Panics

@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use tandem_kv_cache::{KvCache, Table};
-use tandem_types::{FinishReason, Sampled, Time, Usage};
+use tandem_types::{BLOCK_TOKENS, FinishReason, Sampled, Time, Usage, blocks_for};
 
+use crate::lengths::Lengths;
 use crate::pace::{Line, Pace};
 use crate::sequence::Sequence;
 use crate::{Origin, SequenceId, SequenceSpec, Target};
@@ -20,12 +21,14 @@ pub struct Config {
     pub depth: u32,
     /// Longest sequence.
     pub context_tokens: u32,
+    /// Tokens of an answer, assumed until answers have ended here: room for so many is kept for each.
+    pub answer_tokens: u32,
 }
 
 impl Default for Config {
-    /// 512 tokens, 64 rows, depth 0, no limit on context.
+    /// 512 tokens, 64 rows, depth 0, no limit on context, answers of 128 tokens.
     fn default() -> Self {
-        Config { token_budget: 512, rows_max: 64, depth: 0, context_tokens: u32::MAX }
+        Config { token_budget: 512, rows_max: 64, depth: 0, context_tokens: u32::MAX, answer_tokens: 128 }
     }
 }
 
@@ -106,6 +109,11 @@ pub struct Batcher {
     pub(crate) slots: Slots,
     /// Pages of sequences that left while a plan named them: given back when it is collected.
     pub(crate) graveyard: Vec<(u64, Table)>,
+    pub(crate) lengths: Lengths,
+    /// The oldest sequence that found no room in the last plan.
+    pub(crate) starved: Option<SequenceId>,
+    /// Who arrived later is not admitted: somebody outside waits for room since then.
+    pub(crate) yields_to: Option<Time>,
     pub(crate) events: Vec<Event>,
     /// Order and pace of prompts; without it they go by age, as far as budget and memory allow.
     pub(crate) pace: Option<Pace>,
@@ -150,12 +158,15 @@ impl Batcher {
     pub fn new(config: Config) -> Batcher {
         assert!(config.token_budget > 0 && config.rows_max > 0, "a step computes something");
         Batcher {
+            lengths: Lengths::new(config.answer_tokens),
             config,
             sequences: BTreeMap::new(),
             in_flight: VecDeque::new(),
             next_plan: 1,
             slots: Slots::default(),
             graveyard: Vec::new(),
+            starved: None,
+            yields_to: None,
             events: Vec::new(),
             pace: None,
             line: Line::default(),
@@ -235,6 +246,41 @@ impl Batcher {
         if let Some(sequence) = self.sequences.get_mut(&id) {
             sequence.target = target;
         }
+    }
+
+    /// Somebody who arrived then waits for room outside of this batcher: nobody younger is admitted before.
+    pub fn yield_to(&mut self, older: Option<Time>) {
+        self.yields_to = older;
+    }
+
+    /// When the oldest sequence arrived that found no room in the last plan: nobody younger should take any.
+    pub fn starved(&self) -> Option<Time> {
+        let sequence = self.sequences.get(&self.starved?)?;
+        (sequence.table.is_none() && !sequence.paused).then_some(sequence.spec.arrived)
+    }
+
+    /// Whether pages may be taken for a sequence of so many known tokens, of which `cached` are cached and after
+    /// which `left` more may be drawn: room must be left for what those that run will grow by, and for what it
+    /// will grow by itself. Where nobody runs, nobody is to be kept from growing.
+    pub fn leaves_room(&self, kv: &KvCache, known: u32, cached: u32, left: u32) -> bool {
+        let running = || self.sequences.values().filter(|s| s.will_grow());
+        if running().next().is_none() {
+            return true;
+        }
+        let grown = |s: &Sequence| {
+            let drawn = s.known() - s.spec.prompt_tokens;
+            let growth = self.lengths.growth(drawn, s.draws_left(self.config.context_tokens));
+            blocks_for(s.upper() + growth).saturating_sub(s.room() / BLOCK_TOKENS)
+        };
+        let reserved: u32 = running().map(grown).sum();
+        let wanted = blocks_for(known + self.lengths.growth(0, left)) - cached / BLOCK_TOKENS;
+        let counts = kv.counts();
+        wanted + reserved <= counts.free + counts.cached
+    }
+
+    /// Whether a sequence has pages and will give them back by itself, by coming to its end.
+    pub fn is_decoding(&self) -> bool {
+        self.sequences.values().any(Sequence::will_grow)
     }
 
     /// A granted sequence is not preempted.

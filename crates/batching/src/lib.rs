@@ -13,11 +13,13 @@
 mod admit;
 mod apply;
 mod batcher;
+mod lengths;
 pub mod pace;
 mod paced;
 mod plan;
 mod sequence;
 
+pub use apply::Completing;
 pub use batcher::{Batcher, Config, Event};
 pub use plan::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
 pub use sequence::{Origin, SequenceId, SequenceSpec, Target};

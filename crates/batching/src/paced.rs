@@ -20,7 +20,8 @@ impl Batcher {
     ) {
         self.choose(Sequence::decodes, chosen, kv, now);
         let mut line = std::mem::take(&mut self.line);
-        self.timely_seconds = line.arrange(pace, now, |id| self.sequences.get(id).filter(|s| !s.decodes()).map(Sequence::prompt));
+        self.timely_seconds = line
+            .arrange(pace, now, |id| self.sequences.get(id).filter(|s| !s.decodes()).map(Sequence::prompt));
         let (seconds, context) = self.allowed(pace, chosen, now);
         let rows = chosen.len() as u32;
         let mut filling = Filling::new(pace, seconds, rows, context);
@@ -86,4 +87,3 @@ impl Batcher {
         true
     }
 }
-

@@ -1,7 +1,7 @@
 //! A sequence: what is known, computed and submitted of it.
 
-use tandem_kv_cache::{ChainSeed, HashChain, Table};
 use crate::pace::Prompt;
+use tandem_kv_cache::{ChainSeed, HashChain, Table};
 use tandem_types::{
     BLOCK_TOKENS, Choice, FinishReason, SamplingParams, ServiceClass, StopRules, Time, TokenId, Until, Usage,
 };
@@ -162,6 +162,11 @@ impl Sequence {
     /// Whether a row for it would bring anything.
     pub(crate) fn wants_row(&self, context_tokens: u32) -> bool {
         !self.paused && self.table.is_some() && self.gap() > 0 && self.draws_left(context_tokens) > 0
+    }
+
+    /// Whether it has pages, wants more with time, and gives them all back at its end.
+    pub(crate) fn will_grow(&self) -> bool {
+        self.table.is_some() && !self.paused && self.spec.until != Until::FirstToken
     }
 
     /// Tokens that fit into its pages.

@@ -10,10 +10,10 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use serde_json::{Value, json};
-use tokio::net::TcpListener;
 
 use crate::Shutdown;
 use crate::http::{self, Limits};
+use crate::seam::Listener;
 
 /// What an admin port shows and can set going. Called from any thread, at any time; none of it waits.
 pub trait Subject: Send + Sync + 'static {
@@ -53,7 +53,7 @@ pub fn routes(subject: Arc<dyn Subject>) -> Router {
 }
 
 /// Serves the admin port until `shutdown` stops; while draining it goes on answering.
-pub async fn serve(listener: TcpListener, routes: Router, shutdown: Shutdown) {
+pub async fn serve(listener: Listener, routes: Router, shutdown: Shutdown) {
     let limits = Limits { connections_max: 256, ..Limits::default() };
     http::serve(listener, routes, limits, shutdown).await;
 }

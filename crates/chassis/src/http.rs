@@ -12,11 +12,11 @@ use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tower::ServiceExt;
 
-use crate::{Shutdown, Tasks, seam};
+use crate::seam::{self, Listener, Stream};
+use crate::{Shutdown, Tasks};
 
 /// The limits of a port.
 #[derive(Clone, Debug)]
@@ -41,7 +41,7 @@ impl Default for Limits {
 
 /// Serves `router` until `shutdown` stops; a drain changes nothing here. Then no connection is accepted any
 /// more, answers under way get the grace, and the rest is cut. Returns when all of that is over.
-pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdown: Shutdown) {
+pub async fn serve(listener: Listener, router: Router, limits: Limits, shutdown: Shutdown) {
     let connections = Arc::new(Semaphore::new(limits.connections_max));
     let tasks = Tasks::new();
     let mut stopped = pin!(shutdown.stopped());
@@ -56,11 +56,11 @@ pub async fn serve(listener: TcpListener, router: Router, limits: Limits, shutdo
     tasks.shutdown(limits.grace).await;
 }
 
-async fn accept(listener: &TcpListener, connections: &Arc<Semaphore>) -> (TcpStream, OwnedSemaphorePermit) {
+async fn accept(listener: &Listener, connections: &Arc<Semaphore>) -> (Stream, OwnedSemaphorePermit) {
     let permit = connections.clone().acquire_owned().await.expect("the semaphore is never closed");
     loop {
         match listener.accept().await {
-            Ok((stream, _)) => return (stream, permit),
+            Ok(stream) => return (stream, permit),
             Err(error) => {
                 // Out of file descriptors, or a client that gave up in the backlog: the next may do better.
                 tracing::warn!(%error, "a connection could not be accepted");
@@ -71,15 +71,12 @@ async fn accept(listener: &TcpListener, connections: &Arc<Semaphore>) -> (TcpStr
 }
 
 async fn connection(
-    stream: TcpStream,
+    stream: Stream,
     _permit: OwnedSemaphorePermit,
     router: Router,
     header_timeout: Duration,
     shutdown: Shutdown,
 ) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(%error, "a connection keeps its delay");
-    }
     let service = service_fn(move |request: hyper::Request<Incoming>| {
         let router = router.clone();
         async move {

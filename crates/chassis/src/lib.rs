@@ -8,6 +8,8 @@
 pub mod admin;
 pub mod config;
 pub mod drain;
+pub mod fail;
+pub mod grpc;
 pub mod http;
 pub mod metrics;
 mod process;

@@ -7,6 +7,7 @@ use std::mem::MaybeUninit;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
+use tokio::runtime::Handle;
 
 /// What the system knows about this process; see [`process_facts`].
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -19,6 +20,8 @@ pub struct ProcessFacts {
     pub cpu_seconds: f64,
     /// Bytes of physical memory in use; 0 where `/proc` is missing.
     pub resident_bytes: u64,
+    /// Tasks alive on the runtime that asks; 0 outside one. At rest it tells whether one was left behind.
+    pub tasks: usize,
 }
 
 /// Reads the facts, afresh at every call. Several components of one process share them.
@@ -28,6 +31,7 @@ pub fn process_facts() -> ProcessFacts {
         command: command(env::args_os(), env::current_exe().ok(), env::current_dir().ok().as_deref()),
         cpu_seconds: cpu_seconds(),
         resident_bytes: resident_bytes(),
+        tasks: Handle::try_current().map_or(0, |runtime| runtime.metrics().num_alive_tasks()),
     }
 }
 
@@ -106,6 +110,17 @@ mod tests {
         while process_facts().cpu_seconds <= before.cpu_seconds {
             sum = (0..100_000u64).fold(sum, |sum, number| std::hint::black_box(sum ^ number));
         }
+    }
+
+    #[tokio::test]
+    async fn tasks_are_counted_while_they_live() {
+        let before = process_facts().tasks;
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let task = crate::seam::spawn(async move { ended.await.unwrap_or_default() });
+        assert_eq!(process_facts().tasks, before + 1);
+        drop(end);
+        task.await.unwrap();
+        assert_eq!(process_facts().tasks, before);
     }
 
     #[test]

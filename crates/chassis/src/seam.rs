@@ -12,9 +12,14 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tandem_types::Time;
-use tokio::net::{TcpListener, TcpStream, ToSocketAddrs};
+use tokio::net::{TcpListener, TcpStream, ToSocketAddrs, UnixListener, UnixStream};
 use tokio::time::{Instant, MissedTickBehavior};
 
+mod net;
+mod simulation;
+
+pub use net::{Listener, Stream};
+pub use simulation::{Simulation, simulated};
 pub use tokio::time::error::Elapsed;
 
 /// Further away than any process lives; tokio's timer wheel ends soon after.
@@ -102,26 +107,53 @@ pub fn thread(name: &str, run: impl FnOnce() + Send + 'static) -> JoinHandle<()>
         .expect("the system gives this process a thread")
 }
 
-/// Listens on `address`; port 0 takes any free port.
-pub async fn listen(address: impl ToSocketAddrs) -> io::Result<TcpListener> {
-    TcpListener::bind(address).await
+/// Listens on `address`; port 0 takes any free port. In a simulated world that is a port of this world.
+pub async fn listen(address: impl ToSocketAddrs) -> io::Result<Listener> {
+    if simulated() {
+        return simulation::listen(net::one_of(address).await?);
+    }
+    Ok(listen_tcp(address).await?.into())
 }
 
 /// Connects to `address` without Nagle's delay. Without a deadline of its own: wrap it in [`timeout`].
-pub async fn connect(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
+pub async fn connect(address: impl ToSocketAddrs) -> io::Result<Stream> {
+    if simulated() {
+        return simulation::connect(net::one_of(address).await?);
+    }
+    Ok(connect_tcp(address).await?.into())
+}
+
+/// Listens on a real socket, for those who need the socket itself: transports of bytes.
+pub async fn listen_tcp(address: impl ToSocketAddrs) -> io::Result<TcpListener> {
+    TcpListener::bind(address).await
+}
+
+/// Connects a real socket, as [`listen_tcp`] listens.
+pub async fn connect_tcp(address: impl ToSocketAddrs) -> io::Result<TcpStream> {
     let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(stream)
 }
 
-/// 64 random bits from the operating system.
-pub fn random_u64() -> u64 {
-    u64::from_ne_bytes(random_bytes())
+/// Listens for connections within this host, under a name that no file stands for: it is free again when its
+/// owner is gone, however that went.
+pub fn listen_local(name: &str) -> io::Result<UnixListener> {
+    UnixListener::bind(format!("\0{name}"))
 }
 
-/// 128 random bits from the operating system, for ids that must never meet.
+/// Connects to a name of [`listen_local`].
+pub async fn connect_local(name: &str) -> io::Result<UnixStream> {
+    UnixStream::connect(format!("\0{name}")).await
+}
+
+/// 64 random bits from the operating system; in a simulated world, from its seed.
+pub fn random_u64() -> u64 {
+    random_u128() as u64
+}
+
+/// 128 random bits from the operating system, for ids that must never meet; in a simulated world, from its seed.
 pub fn random_u128() -> u128 {
-    u128::from_ne_bytes(random_bytes())
+    simulation::random().unwrap_or_else(|| u128::from_ne_bytes(random_bytes()))
 }
 
 fn random_bytes<const N: usize>() -> [u8; N] {
@@ -191,9 +223,20 @@ mod tests {
 
     #[tokio::test]
     async fn a_connection_has_no_delay() {
-        let listener = listen("127.0.0.1:0").await.unwrap();
-        let stream = connect(listener.local_addr().unwrap()).await.unwrap();
+        let listener = listen_tcp("127.0.0.1:0").await.unwrap();
+        let stream = connect_tcp(listener.local_addr().unwrap()).await.unwrap();
         assert!(stream.nodelay().unwrap());
+    }
+
+    #[tokio::test]
+    async fn a_local_name_is_free_again_when_its_owner_is_gone() {
+        let name = format!("tandem-seam-{:x}", random_u64());
+        assert!(connect_local(&name).await.is_err());
+        let listener = listen_local(&name).unwrap();
+        connect_local(&name).await.unwrap();
+        assert!(listen_local(&name).is_err());
+        drop(listener);
+        listen_local(&name).unwrap();
     }
 
     #[test]

@@ -30,7 +30,7 @@ impl TraceService for Collector {
 #[tokio::test]
 async fn a_stage_continues_the_trace_of_the_process_before() {
     let (send, mut received) = mpsc::channel(16);
-    let listener = seam::listen("127.0.0.1:0").await.unwrap();
+    let listener = seam::listen_tcp("127.0.0.1:0").await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let server = tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
     let server = seam::spawn(server.serve_with_incoming(TcpListenerStream::new(listener)));

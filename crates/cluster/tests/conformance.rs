@@ -35,7 +35,7 @@ async fn clusters_with_different_names_do_not_see_each_other() {
 #[tokio::test]
 async fn served_members_meet_over_sockets() {
     let cluster = Embedded::new();
-    let listener = tandem_chassis::seam::listen("127.0.0.1:0").await.expect("a port");
+    let listener = tandem_chassis::seam::listen_tcp("127.0.0.1:0").await.expect("a port");
     let url = format!("http://{}", listener.local_addr().expect("an address"));
     let incoming = tonic::transport::server::TcpIncoming::from(listener);
     let server =
@@ -88,7 +88,7 @@ mod etcd {
         /// None where there is no etcd, which is said; in CI that is a failure.
         async fn start() -> Option<Server> {
             let free = || async {
-                let listener = tandem_chassis::seam::listen("127.0.0.1:0").await.expect("a port");
+                let listener = tandem_chassis::seam::listen_tcp("127.0.0.1:0").await.expect("a port");
                 listener.local_addr().expect("an address").port()
             };
             let (client, peer) = (free().await, free().await);

@@ -49,7 +49,8 @@ impl Worker {
             prefix_cache: true,
         });
         let context_tokens = engine.facts().context_tokens;
-        let config = Config { depth, token_budget, context_tokens, ..Config::default() };
+        // Nothing is kept free for growth: these pools are to run out.
+        let config = Config { depth, token_budget, context_tokens, answer_tokens: 0, ..Config::default() };
         Worker { engine, kv, config, cached: 0, preempted: 0, interrupts: false }
     }
 

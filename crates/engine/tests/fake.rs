@@ -70,8 +70,14 @@ impl Worker {
         let engine = engine(spec, pages, depth);
         let facts = engine.facts();
         let pages = facts.pages;
-        let config =
-            Config { token_budget, depth, context_tokens: facts.context_tokens, ..Config::default() };
+        // Nothing is kept free for growth: these pools are to run out.
+        let config = Config {
+            token_budget,
+            depth,
+            context_tokens: facts.context_tokens,
+            answer_tokens: 0,
+            ..Config::default()
+        };
         let kv = KvCache::new(tandem_kv_cache::Config {
             pages,
             groups: 1,

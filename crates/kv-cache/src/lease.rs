@@ -5,8 +5,11 @@
 
 use std::collections::{BTreeMap, HashMap};
 
-use tandem_types::{Attempt, ClaimId, LeaseId, PageRef, Sampled, Time, Usage, blocks_for};
+use tandem_types::{
+    Attempt, BLOCK_TOKENS, BlockHash, ClaimId, LeaseId, PageRef, Sampled, Time, Usage, blocks_for,
+};
 
+use crate::mistake::Mistake;
 use crate::pool::{At, Pool};
 use crate::{HoldId, KvCache, Table};
 
@@ -20,7 +23,7 @@ pub struct FirstTokenBundle {
 }
 
 /// The owner's word on a pull.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Verdict {
     /// The lease held throughout, on unchanged pages: the bytes are good.
     Held,
@@ -161,6 +164,7 @@ pub struct Adopted {
 }
 
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone))]
 struct Lease {
     pages: Vec<Vec<PageRef>>,
     tokens: u32,
@@ -180,14 +184,16 @@ impl Lease {
 }
 
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone, Hash))]
 struct Remembered {
     /// Who got `Held`.
-    held: Option<ClaimId>,
+    held: ClaimId,
     until: Time,
 }
 
 /// All leases of a worker.
 #[derive(Debug, Default)]
+#[cfg_attr(feature = "model", derive(Clone))]
 pub(crate) struct Leases {
     live: BTreeMap<LeaseId, Lease>,
     claims: HashMap<ClaimId, LeaseId>,
@@ -198,6 +204,11 @@ pub(crate) struct Leases {
 }
 
 impl Leases {
+    #[cfg(feature = "model")]
+    pub(crate) fn ids(&self) -> impl Iterator<Item = LeaseId> + '_ {
+        self.live.keys().copied()
+    }
+
     pub(crate) fn check_books(&self, pool: &Pool) {
         let blocks: u32 = self.live.values().map(Lease::blocks).sum();
         assert_eq!(blocks, self.blocks, "the leased blocks are not those of the leases");
@@ -255,27 +266,76 @@ impl KvCache {
             let taken = list[..blocks as usize].iter();
             pages.push(taken.map(|page| self.pool.add_ref((group as u32, page.page))).collect());
         }
-        let expires = (now + self.config.lease_time_to_live).min(deadline);
+        self.insert_lease(id, pages, tokens, deadline, now);
+        Ok(())
+    }
+
+    /// Lends cached blocks: puts the longest prefix of `hashes` that is here under a lease that is sealed at once
+    /// and belongs to whoever claims it. Returns how many blocks; of none there is no lease.
+    ///
+    /// # Panics
+    /// If the id is in use.
+    pub fn lend(
+        &mut self,
+        id: LeaseId,
+        hashes: &[BlockHash],
+        deadline: Time,
+        now: Time,
+    ) -> Result<u32, GrantError> {
+        let known = u32::try_from(hashes.len()).unwrap_or(u32::MAX).saturating_mul(BLOCK_TOKENS);
+        let blocks = self.cached_prefix(hashes, known.saturating_add(1)) / BLOCK_TOKENS;
+        if blocks == 0 {
+            return Ok(0);
+        }
+        if !self.can_grant(0, blocks) {
+            return Err(GrantError::Cap {
+                leased: self.leases.blocks,
+                cap: self.lease_cap(),
+                wanted: blocks,
+            });
+        }
+        let find = |group: u32, hash: &BlockHash| {
+            let page = self.pool.find(group, *hash).expect("the prefix is cached in every group");
+            (group, page)
+        };
+        let places: Vec<Vec<At>> = (0..self.pool.groups())
+            .map(|group| hashes[..blocks as usize].iter().map(|hash| find(group, hash)).collect())
+            .collect();
+        let pages = places.into_iter().map(|list| list.into_iter().map(|at| self.pool.add_ref(at)).collect());
+        let pages = pages.collect();
+        let tokens = blocks * BLOCK_TOKENS;
+        self.insert_lease(id, pages, tokens, deadline, now);
+        self.seal(id, tokens, FirstTokenBundle::default(), now);
+        Ok(blocks)
+    }
+
+    fn insert_lease(
+        &mut self,
+        id: LeaseId,
+        pages: Vec<Vec<PageRef>>,
+        tokens: u32,
+        deadline: Time,
+        now: Time,
+    ) {
         let lease = Lease {
             pages,
             tokens,
             ready: 0,
             sealed: None,
             deadline,
-            expires,
+            expires: (now + self.config.lease_time_to_live).min(deadline),
             claim: None,
             newest: Attempt(0),
         };
-        self.leases.blocks += blocks;
+        self.leases.blocks += lease.blocks();
         let before = self.leases.live.insert(id, lease);
         assert!(before.is_none(), "lease {id} is granted twice");
-        Ok(())
     }
 
     /// The first `computed` tokens are computed: their full blocks are ready. The last block waits for `seal`.
     pub fn progress(&mut self, id: LeaseId, computed: u32) {
         let Some(lease) = self.leases.live.get_mut(&id) else { return };
-        let whole = (computed / tandem_types::BLOCK_TOKENS).min(lease.blocks());
+        let whole = (computed / BLOCK_TOKENS).min(lease.blocks());
         // A full last block is not written again either, but its bytes go with the seal.
         let ready = whole.min(lease.blocks().saturating_sub(1));
         self.make_ready(id, ready);
@@ -332,9 +392,11 @@ impl KvCache {
                 EndedWhy::Cancelled | EndedWhy::Expired => self.leases.effects.push(Effect::Lost { claim }),
             }
         }
-        let held = (why == EndedWhy::Pulled).then_some(lease.claim).flatten();
-        let until = now + self.config.lease_time_to_live;
-        self.leases.over.insert(id, Remembered { held, until });
+        if why == EndedWhy::Pulled && !self.mistaken.makes(Mistake::VerdictForgotten) {
+            let held = lease.claim.expect("who pulled has a claim");
+            let until = now + self.config.lease_time_to_live;
+            self.leases.over.insert(id, Remembered { held, until });
+        }
         self.leases.effects.push(Effect::Ended { lease: id, why });
         if why == EndedWhy::Adopted {
             return Some(lease.pages);
@@ -387,6 +449,9 @@ impl KvCache {
     /// Somebody still wants the lease. Nothing renews it past the request's deadline.
     pub fn renew_lease(&mut self, id: LeaseId, now: Time) {
         if let Some(lease) = self.leases.live.get_mut(&id) {
+            if self.mistaken.makes(Mistake::RenewalPastDeadline) {
+                lease.deadline = Time::MAX;
+            }
             lease.expires = (now + self.config.lease_time_to_live).min(lease.deadline).max(lease.expires);
         }
     }
@@ -402,10 +467,14 @@ impl KvCache {
     /// answer is remembered for one time to live. Otherwise the puller refuses and only its claim ends.
     pub fn end(&mut self, id: LeaseId, claim: ClaimId, complete: bool, now: Time) -> Verdict {
         let Some(lease) = self.leases.live.get(&id) else {
-            let held = self.leases.over.get(&id).and_then(|over| over.held);
-            return if complete && held == Some(claim) { Verdict::Held } else { Verdict::Lost };
+            let held = self.leases.over.get(&id).is_some_and(|over| over.held == claim);
+            return if complete && held { Verdict::Held } else { Verdict::Lost };
         };
         if lease.claim != Some(claim) {
+            if complete && lease.claim.is_some() && self.mistaken.makes(Mistake::FreeAtSupersededEnd) {
+                self.end_lease(id, EndedWhy::Cancelled, now);
+                return Verdict::Superseded;
+            }
             return if lease.claim.is_some() { Verdict::Superseded } else { Verdict::Lost };
         }
         if !complete {
@@ -417,6 +486,7 @@ impl KvCache {
             .iter()
             .enumerate()
             .all(|(group, list)| list.iter().all(|&page| self.pool.is_current(group as u32, page)));
+        let unchanged = unchanged || self.mistaken.makes(Mistake::NoGenerationCheck);
         if lease.sealed.is_none() || !unchanged || lease.expires <= now {
             return Verdict::Lost;
         }
@@ -433,7 +503,7 @@ impl KvCache {
         let lease = &self.leases.live[&id];
         let tokens = lease.tokens;
         let bundle = lease.sealed.clone().ok_or(AdoptError::NotSealed)?;
-        if !tokens.is_multiple_of(tandem_types::BLOCK_TOKENS) {
+        if !tokens.is_multiple_of(BLOCK_TOKENS) {
             let shared = lease.pages.iter().enumerate().any(|(group, list)| {
                 let last: At = (group as u32, list.last().expect("a lease has pages").page);
                 self.pool.refs(last) > 1
@@ -451,8 +521,10 @@ impl KvCache {
     pub fn begin_read(&mut self, claim: ClaimId, pages: &[(u32, u32)]) -> Result<HoldId, ReadError> {
         let id = self.leases.claims.get(&claim).ok_or(ReadError::NoClaim)?;
         let lease = &self.leases.live[id];
+        let anything = self.mistaken.makes(Mistake::ReadingBeforeReady);
+        let ready = if anything { lease.blocks() } else { lease.ready };
         for &(group, page) in pages {
-            let list = lease.pages.get(group as usize).map_or(&[][..], |list| &list[..lease.ready as usize]);
+            let list = lease.pages.get(group as usize).map_or(&[][..], |list| &list[..ready as usize]);
             if !list.iter().any(|ready| ready.page == page) {
                 return Err(ReadError::NotReady { group, page });
             }
@@ -481,6 +553,23 @@ impl KvCache {
         self.leases.live.len()
     }
 
+    /// The pages of a group under the lease that this claim is on; none if it stands no more.
+    pub fn claimed_pages(&self, claim: ClaimId, group: u32) -> &[PageRef] {
+        let lease = self.leases.claims.get(&claim).and_then(|id| self.leases.live.get(id));
+        lease.and_then(|lease| lease.pages.get(group as usize)).map_or(&[], Vec::as_slice)
+    }
+
+    /// The pages under a lease, per group; none if it is over.
+    pub fn lease_pages(&self, id: LeaseId) -> &[Vec<PageRef>] {
+        self.leases.live.get(&id).map_or(&[], |lease| lease.pages.as_slice())
+    }
+
+    /// Takes a block out of the prefix cache, because its bytes are not what they should be. Who uses the page
+    /// keeps it; nobody finds it any more.
+    pub fn forget(&mut self, group: u32, page: u32) {
+        self.pool.forget((group, page));
+    }
+
     /// Whether this lease stands.
     pub fn lease_alive(&self, id: LeaseId) -> bool {
         self.leases.live.contains_key(&id)
@@ -496,5 +585,30 @@ impl Default for Verdict {
     /// Without a word from the owner, bytes are not used.
     fn default() -> Self {
         Verdict::Lost
+    }
+}
+
+/// Claims are those of the leases, so they say nothing more. Generations count only in whether they still are the
+/// pages' own.
+#[cfg(feature = "model")]
+impl std::hash::Hash for KvCache {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.pool.hash(state);
+        for (id, lease) in &self.leases.live {
+            for (group, list) in (0..).zip(&lease.pages) {
+                list.iter().for_each(|&page| (page.page, self.pool.is_current(group, page)).hash(state));
+            }
+            (id, lease.ready, &lease.sealed, lease.claim, lease.newest).hash(state);
+            (lease.deadline, lease.expires).hash(state);
+        }
+        self.leases.over.hash(state);
+        assert!(self.leases.effects.is_empty(), "effects are taken before anybody looks");
+    }
+}
+
+#[cfg(feature = "model")]
+impl std::hash::Hash for FirstTokenBundle {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.sampled.token.hash(state);
     }
 }

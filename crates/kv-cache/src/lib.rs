@@ -8,6 +8,7 @@
 
 mod hash;
 mod lease;
+mod mistake;
 mod pool;
 mod puller;
 mod table;
@@ -16,6 +17,8 @@ pub use hash::{ChainSeed, HashChain, chain_seed};
 pub use lease::{
     AdoptError, Adopted, Effect, EndedWhy, FirstTokenBundle, FollowError, GrantError, ReadError, Verdict,
 };
+#[cfg(feature = "model")]
+pub use mistake::Mistake;
 pub use pool::{Counts, HoldId};
 pub use puller::{GiveUp, PullAction, PullEvent, Puller};
 pub use table::{Full, Table};
@@ -23,6 +26,7 @@ pub use table::{Full, Table};
 use std::time::Duration;
 
 use lease::Leases;
+use mistake::Mistaken;
 use pool::Pool;
 
 /// Sizes and rules of a worker's KV memory.
@@ -42,10 +46,12 @@ pub struct Config {
 
 /// Pool, prefix cache and leases of one worker: the one owner of its bookkeeping.
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone))]
 pub struct KvCache {
     config: Config,
     pool: Pool,
     leases: Leases,
+    mistaken: Mistaken,
 }
 
 impl KvCache {
@@ -56,7 +62,7 @@ impl KvCache {
     pub fn new(config: Config) -> KvCache {
         assert!(config.pages > 0 && config.groups > 0, "a pool has pages and groups");
         let pool = Pool::new(config.groups, config.pages);
-        KvCache { config, pool, leases: Leases::default() }
+        KvCache { config, pool, leases: Leases::default(), mistaken: Mistaken::default() }
     }
 
     /// Sizes and rules.
@@ -76,5 +82,23 @@ impl KvCache {
     pub fn check_books(&self) {
         self.pool.check_books();
         self.leases.check_books(&self.pool);
+    }
+}
+
+#[cfg(feature = "model")]
+impl KvCache {
+    /// Makes this mistake from now on.
+    pub fn make(&mut self, mistake: Mistake) {
+        self.mistaken = Mistaken::from(mistake);
+    }
+
+    /// Gives pages back that somebody still refers to: what a bug elsewhere in the worker would do.
+    pub fn give_back_once_more(&mut self, pages: &[tandem_types::PageRef]) {
+        self.give_back(vec![pages.to_vec()]);
+    }
+
+    /// The leases that stand.
+    pub fn leases(&self) -> impl Iterator<Item = tandem_types::LeaseId> + '_ {
+        self.leases.ids()
     }
 }

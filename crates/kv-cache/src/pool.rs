@@ -34,6 +34,7 @@ struct Page {
 }
 
 #[derive(Debug, Default)]
+#[cfg_attr(feature = "model", derive(Clone))]
 struct Group {
     pages: Vec<Page>,
     free: Vec<u32>,
@@ -44,6 +45,7 @@ struct Group {
 
 /// All pages of a worker.
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone))]
 pub(crate) struct Pool {
     groups: Vec<Group>,
     holds: BTreeMap<HoldId, Vec<At>>,
@@ -158,6 +160,18 @@ impl Pool {
         }
     }
 
+    /// This page holds no block that anybody may find.
+    pub(crate) fn forget(&mut self, (group, page): At) {
+        let g = &mut self.groups[group as usize];
+        let Some(p) = g.pages.get_mut(page as usize) else { return };
+        let Some(hash) = p.hash.take() else { return };
+        g.index.remove(&hash);
+        if p.refs == 0 {
+            g.idle.remove(&p.stamp);
+            g.free.push(page);
+        }
+    }
+
     pub(crate) fn hold(&mut self, pages: impl Iterator<Item = At>) -> HoldId {
         let pages: Vec<At> = pages
             .inspect(|&at| {
@@ -207,5 +221,24 @@ impl Pool {
         let held: usize = self.holds.values().map(Vec::len).sum();
         let refs: u64 = self.groups.iter().flat_map(|g| &g.pages).map(|p| u64::from(p.refs)).sum();
         assert!(held as u64 <= refs, "more holds than references");
+    }
+}
+
+/// Equal for pools that behave alike: stamps count by their order, names of holds not at all, generations only
+/// for who has noted one, and the index says nothing that the pages do not.
+#[cfg(feature = "model")]
+impl std::hash::Hash for Pool {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        for group in &self.groups {
+            for page in &group.pages {
+                (page.refs, page.hash).hash(state);
+            }
+            group.free.hash(state);
+            group.idle.len().hash(state);
+            group.idle.values().for_each(|page| page.hash(state));
+        }
+        let mut holds: Vec<&Vec<At>> = self.holds.values().collect();
+        holds.sort();
+        holds.hash(state);
     }
 }

@@ -8,6 +8,7 @@ use std::ops::Range;
 
 use tandem_types::ClaimId;
 
+use crate::mistake::{Mistake, Mistaken};
 use crate::{FirstTokenBundle, Verdict};
 
 /// Blocks of one pull at most: a batch is one request, and several may be under way.
@@ -36,8 +37,12 @@ pub enum PullEvent {
         /// The first token.
         bundle: FirstTokenBundle,
     },
-    /// Every byte of this pull has arrived.
+    /// Every byte of this pull has arrived; nobody has checked them.
     Arrived(u64),
+    /// Every byte of this pull has arrived and is what the owner computed: checksums match.
+    Verified(u64),
+    /// Every byte of this pull has arrived, and some are not what the owner computed.
+    Corrupt(u64),
     /// This pull has failed; its destination may be written no more.
     Broken(u64, String),
     /// The owner's word.
@@ -92,6 +97,8 @@ pub enum GiveUp {
     Lost(String),
     /// Bytes did not arrive.
     Transfer(String),
+    /// Bytes of these blocks came wrong twice: they are wrong at the owner, or the way there is bad.
+    Corrupt(Range<u32>),
     /// The owner could not be reached at all.
     OwnerUnreachable(String),
     /// The request's deadline has passed.
@@ -99,14 +106,25 @@ pub enum GiveUp {
 }
 
 #[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "model", derive(Hash))]
 enum State {
     Pulling,
     Confirming,
     Over,
 }
 
+/// A pull under way.
+#[derive(Clone, Debug, PartialEq)]
+#[cfg_attr(feature = "model", derive(Hash))]
+struct Fetch {
+    blocks: Range<u32>,
+    /// They came wrong before.
+    again: bool,
+}
+
 /// One pull of one lease.
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone))]
 pub struct Puller {
     state: State,
     blocks: u32,
@@ -115,10 +133,13 @@ pub struct Puller {
     ready: Vec<u32>,
     /// Blocks asked for so far, the skipped ones included.
     asked: u32,
-    under_way: BTreeMap<u64, Range<u32>>,
+    under_way: BTreeMap<u64, Fetch>,
     next_pull: u64,
+    /// All that came so far was verified.
+    verified: bool,
     sealed: Option<(u32, FirstTokenBundle)>,
     actions: VecDeque<PullAction>,
+    mistaken: Mistaken,
 }
 
 impl Puller {
@@ -133,8 +154,10 @@ impl Puller {
             asked: skip,
             under_way: BTreeMap::new(),
             next_pull: 1,
+            verified: true,
             sealed: None,
             actions: VecDeque::new(),
+            mistaken: Mistaken::default(),
         }
     }
 
@@ -155,7 +178,17 @@ impl Puller {
             }
             PullEvent::Sealed { tokens, bundle } => self.sealed = Some((tokens, bundle)),
             PullEvent::Arrived(id) => {
+                self.verified &= self.under_way.remove(&id).is_none();
+            }
+            PullEvent::Verified(id) => {
                 self.under_way.remove(&id);
+            }
+            PullEvent::Corrupt(id) => {
+                let Some(Fetch { blocks, again }) = self.under_way.remove(&id) else { return };
+                if again {
+                    return self.give_up(GiveUp::Corrupt(blocks));
+                }
+                self.fetch(Fetch { blocks, again: true });
             }
             PullEvent::Broken(id, why) => {
                 self.under_way.remove(&id);
@@ -169,13 +202,18 @@ impl Puller {
                     (Verdict::Superseded, _) => self.give_up(GiveUp::Superseded),
                 };
             }
+            // The owner has died after the seal: checksums that match stand in for its word, for they say that
+            // these are the bytes it computed.
+            PullEvent::NoVerdict(_) if self.state == State::Confirming && self.verified => {
+                return self.deliver();
+            }
             PullEvent::NoVerdict(why) => return self.give_up(GiveUp::Lost(format!("no verdict: {why}"))),
             PullEvent::Done => return self.give_up(GiveUp::Done),
             PullEvent::Superseded => return self.give_up(GiveUp::Superseded),
             PullEvent::Lost(why) => return self.give_up(GiveUp::Lost(why)),
             PullEvent::StreamClosed(why) => {
-                // While the verdict is on its way the stream has done its service.
-                if self.state == State::Confirming {
+                // Once everything is announced the stream has done its service.
+                if self.sealed.is_some() {
                     return;
                 }
                 let unreachable = self.claim.is_none();
@@ -196,19 +234,27 @@ impl Puller {
         if self.state != State::Pulling {
             return;
         }
-        let ready = self.ready.iter().copied().min().expect("there is a group");
+        let mut ready = self.ready.iter().copied().min().expect("there is a group");
+        if self.mistaken.makes(Mistake::ReadingBeforeReady) {
+            ready = self.blocks;
+        }
         while self.asked < ready && self.under_way.len() < PULLS_MAX {
             let blocks = self.asked..ready.min(self.asked + BATCH_BLOCKS);
-            let id = self.next_pull;
-            self.next_pull += 1;
             self.asked = blocks.end;
-            self.under_way.insert(id, blocks.clone());
-            self.actions.push_back(PullAction::Pull { id, claim, blocks });
+            self.fetch(Fetch { blocks, again: false });
         }
         if self.sealed.is_some() && self.asked == self.blocks && self.under_way.is_empty() {
             self.state = State::Confirming;
             self.actions.push_back(PullAction::AskVerdict(claim));
         }
+    }
+
+    fn fetch(&mut self, fetch: Fetch) {
+        let claim = self.claim.expect("nothing is fetched before the claim stands");
+        let id = self.next_pull;
+        self.next_pull += 1;
+        self.actions.push_back(PullAction::Pull { id, claim, blocks: fetch.blocks.clone() });
+        self.under_way.insert(id, fetch);
     }
 
     fn deliver(&mut self) {
@@ -228,8 +274,30 @@ impl Puller {
         self.actions.pop_front()
     }
 
+    /// Blocks for which a pull has been ordered, those that were here already included.
+    pub fn asked(&self) -> u32 {
+        self.asked
+    }
+
     /// Whether it has ended.
     pub fn is_over(&self) -> bool {
         self.state == State::Over
+    }
+}
+
+#[cfg(feature = "model")]
+impl Puller {
+    /// Makes this mistake from now on.
+    pub fn make(&mut self, mistake: Mistake) {
+        self.mistaken = Mistaken::from(mistake);
+    }
+}
+
+#[cfg(feature = "model")]
+impl std::hash::Hash for Puller {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        (&self.state, self.claim, &self.ready, self.asked).hash(state);
+        (&self.under_way, self.next_pull, self.verified, &self.sealed).hash(state);
+        assert!(self.actions.is_empty(), "actions are taken before anybody looks");
     }
 }

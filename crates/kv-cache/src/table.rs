@@ -16,6 +16,7 @@ pub struct Full {
 
 /// A sequence's pages, one list per group, a page per block. Goes back with [`KvCache::close`].
 #[derive(Debug)]
+#[cfg_attr(feature = "model", derive(Clone))]
 #[must_use = "a table's pages are in use until it is closed"]
 pub struct Table {
     pub(crate) groups: Vec<Vec<PageRef>>,
@@ -157,5 +158,13 @@ impl KvCache {
     /// Ends a hold.
     pub fn release(&mut self, hold: HoldId) {
         self.pool.release(hold);
+    }
+}
+
+#[cfg(feature = "model")]
+impl std::hash::Hash for Table {
+    fn hash<H: std::hash::Hasher>(&self, state: &mut H) {
+        self.groups.iter().flatten().for_each(|page| page.page.hash(state));
+        self.published.hash(state);
     }
 }

@@ -29,6 +29,8 @@ enum Op {
     Read { claim: usize, lease: usize, block: usize },
     Release { which: usize },
     Renew { lease: usize },
+    Lend { family: u32, blocks: u32 },
+    Forget { which: usize, group: u32, block: usize },
     Pass { millis: u64 },
 }
 
@@ -51,6 +53,8 @@ fn op() -> impl Strategy<Value = Op> {
         2 => (any.clone(), any.clone(), 0..4usize).prop_map(|(claim, lease, block)| Op::Read { claim, lease, block }),
         2 => any.clone().prop_map(|which| Op::Release { which }),
         1 => any.clone().prop_map(|lease| Op::Renew { lease }),
+        2 => (0..3u32, 0..8u32).prop_map(|(family, blocks)| Op::Lend { family, blocks }),
+        1 => (any.clone(), 0..2u32, 0..4usize).prop_map(|(which, group, block)| Op::Forget { which, group, block }),
         2 => (0..6000u64).prop_map(|millis| Op::Pass { millis }),
     ]
 }
@@ -215,6 +219,15 @@ impl World {
                     }
                 }
             }
+            Op::Lend { family, blocks } => self.lend(family, blocks),
+            Op::Forget { which, group, block } => {
+                let page = self.tables.get(which).and_then(|s| s.table.pages(group).get(block));
+                if let Some(page) = page {
+                    let before = self.kv.counts().in_use;
+                    self.kv.forget(group, page.page);
+                    assert_eq!(self.kv.counts().in_use, before, "who uses a page keeps it");
+                }
+            }
             Op::Pass { millis } => {
                 self.now += Duration::from_millis(millis);
                 self.kv.expire(self.now);
@@ -253,6 +266,38 @@ impl World {
                 ModelLease { pages, tokens, sealed: false, newest: 0, claim: None, expires, deadline };
             self.leases.insert(id, lease);
             self.lease_ids.push(id);
+        }
+    }
+
+    fn lend(&mut self, family: u32, blocks: u32) {
+        let tokens: Vec<TokenId> = (0..blocks * 32).map(|t| t + family * 1000).collect();
+        let hashes = Self::chain(&tokens);
+        let cached = self.kv.cached_prefix(hashes.hashes(), blocks * 32 + 1);
+        let id = LeaseId(self.lease_ids.len() as u128 + 1);
+        let deadline = self.now + Duration::from_secs(20);
+        match self.kv.lend(id, hashes.hashes(), deadline, self.now) {
+            Ok(0) => assert_eq!(cached, 0, "what is here is lent"),
+            Ok(lent) => {
+                assert_eq!(lent * 32, cached, "no more and no less than what is here");
+                let pages: Vec<u32> = self.kv.lease_pages(id)[0].iter().map(|p| p.page).collect();
+                let written =
+                    self.tables.iter().flat_map(|s| &s.table.pages(0)[(s.computed / 32) as usize..]);
+                let written: BTreeSet<u32> = written.map(|p| p.page).collect();
+                assert!(pages.iter().all(|page| !written.contains(page)), "only whole pages are lent");
+                let expires = (self.now + TIME_TO_LIVE).min(deadline);
+                let lease = ModelLease {
+                    pages,
+                    tokens: lent * 32,
+                    sealed: true,
+                    newest: 0,
+                    claim: None,
+                    expires,
+                    deadline,
+                };
+                self.leases.insert(id, lease);
+                self.lease_ids.push(id);
+            }
+            Err(_) => assert!(cached > 0 && !self.kv.can_grant(0, cached / 32)),
         }
     }
 

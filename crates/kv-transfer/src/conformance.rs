@@ -5,6 +5,7 @@
 
 use std::collections::BTreeSet;
 use std::net::{IpAddr, Ipv4Addr};
+use std::ops::Deref;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::task::Poll;
@@ -15,9 +16,15 @@ use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::checksum;
 use crate::{
-    Buffers, ByteRange, Completion, Denied, Error, Exported, Gate, Peer, Permit, Pull, PullError, Row,
+    Buffers, ByteRange, Completion, Denied, Error, Exported, Gate, Options, Peer, Permit, Pull, PullError,
+    Row, Transport,
 };
+
+mod processes;
+
+pub use processes::{owner, run_with_processes};
 
 const REGION: usize = 32 << 20;
 const OWNER: Incarnation = Incarnation(0x5eed_1234_abcd_0007);
@@ -25,13 +32,35 @@ const CLAIM: ClaimId = ClaimId(42);
 /// Much longer than anything here takes; only a failure waits so long.
 const SOON: Duration = Duration::from_secs(60);
 
+/// The row, and what its transport is made with.
+struct Tested {
+    row: &'static Row,
+    options: Options,
+}
+
+impl Tested {
+    fn transport(&self) -> Arc<dyn Transport> {
+        (self.row.make)(&self.options)
+    }
+}
+
+impl Deref for Tested {
+    type Target = Row;
+
+    fn deref(&self) -> &Row {
+        self.row
+    }
+}
+
 type Case = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// Runs the whole suite for one row of the table.
 ///
 /// # Panics
 /// If the row does not hold what a transport must.
-pub async fn run(row: &'static Row) {
+pub async fn run(row: &'static Row, options: &Options) {
+    // Few, and for the length of a test program.
+    let row: &'static Tested = Box::leak(Box::new(Tested { row, options: options.clone() }));
     let cases: Vec<(&str, Case)> = vec![
         ("sizes_and_batches", Box::pin(sizes_and_batches(row))),
         ("many_ranges_in_one_pull", Box::pin(many_ranges_in_one_pull(row))),
@@ -39,6 +68,8 @@ pub async fn run(row: &'static Row) {
         ("what_is_outside_is_refused", Box::pin(what_is_outside_is_refused(row))),
         ("a_claim_that_does_not_stand_brings_nothing", Box::pin(a_claim_that_does_not_stand(row))),
         ("a_claim_that_ends_midway", Box::pin(a_claim_that_ends_midway(row))),
+        ("a_claim_superseded_midway", Box::pin(a_claim_superseded_midway(row))),
+        ("checksums_are_those_of_what_arrived", Box::pin(checksums_are_those_of_what_arrived(row))),
         ("a_stale_export_is_told_apart", Box::pin(a_stale_export_is_told_apart(row))),
         ("a_peer_that_is_gone", Box::pin(a_peer_that_is_gone(row))),
         ("a_peer_that_dies_midway", Box::pin(a_peer_that_dies_midway(row))),
@@ -119,26 +150,26 @@ impl TestGate {
 }
 
 struct Bench {
-    row: &'static Row,
+    row: &'static Tested,
     gate: Arc<TestGate>,
     exported: Exported,
 }
 
 impl Bench {
-    async fn new(row: &'static Row) -> Bench {
+    async fn new(row: &'static Tested) -> Bench {
         let gate = Arc::new(TestGate::default());
         gate.set(CLAIM, true);
         let exported = Bench::export(row, gate.clone(), remote().clone()).await;
         Bench { row, gate, exported }
     }
 
-    async fn export(row: &'static Row, gate: Arc<TestGate>, region: Arc<Region>) -> Exported {
+    async fn export(row: &'static Tested, gate: Arc<TestGate>, region: Arc<Region>) -> Exported {
         let bind = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        (row.make)().export(region, gate, OWNER, bind).await.expect("it exports")
+        row.transport().export(region, gate, OWNER, bind).await.expect("it exports")
     }
 
     async fn connect(&self) -> Arc<dyn Peer> {
-        (self.row.make)().connect(self.exported.export(), soon()).await.expect("it connects")
+        self.row.transport().connect(self.exported.export(), soon()).await.expect("it connects")
     }
 }
 
@@ -146,7 +177,7 @@ impl Bench {
 fn remote() -> &'static Arc<Region> {
     static REMOTE: OnceLock<Arc<Region>> = OnceLock::new();
     REMOTE.get_or_init(|| {
-        let region = Region::anonymous(REGION).expect("memory");
+        let region = Region::shared(REGION).expect("memory");
         // A prime length, so that the pattern lies differently in every block.
         let pattern: Vec<u8> =
             (0..1_000_003u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 13) as u8).collect();
@@ -172,6 +203,7 @@ fn pull(ranges: &[(u64, u64)], local: &Arc<Region>) -> Pull {
         remote: ranges.iter().map(|&(offset, len)| ByteRange { offset, len }).collect(),
         local: local.clone(),
         local_offsets: ranges.iter().map(|&(offset, _)| offset).collect(),
+        checksums: false,
         deadline: soon(),
     }
 }
@@ -228,7 +260,24 @@ async fn begin<'a>(peer: &'a dyn Peer, pull: Pull, gate: &TestGate) -> Result<Mi
 
 fn assert_gone(row: &Row, done: &Completion) {
     assert!(matches!(done.bytes, Err(PullError::PeerGone(_))), "{}: {:?}", row.name, done.bytes);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
+    assert!(done.checksums.is_empty(), "{}: what is not whole has no checksums", row.name);
+}
+
+/// Waits until the destination may be reused, for backends that need longer for that than for an answer.
+async fn let_go(row: &Row, done: Completion) {
+    if let Buffers::Quarantined(released) = done.buffers {
+        let released = seam::timeout(SOON, released).await.is_ok();
+        assert!(released, "{}: quarantine ends", row.name);
+    }
+}
+
+/// Uses a destination again that was let go of, and sees whether anybody else still does.
+async fn assert_ours(row: &Row, peer: &dyn Peer, local: &Region) {
+    // SAFETY: the buffers may be reused, so the bytes are ours again.
+    unsafe { fill(local) };
+    // Another pull over the same peer, so that a late writer has its chance.
+    let _ = peer.pull(pull(&[(7, 1000)], &self::local())).await;
+    assert!(is_filled(local), "{}: a late write", row.name);
 }
 
 async fn assert_still_good(row: &Row, peer: &dyn Peer) {
@@ -238,7 +287,7 @@ async fn assert_still_good(row: &Row, peer: &dyn Peer) {
 
 // ---------------------------------------------------------------------- the cases
 
-async fn sizes_and_batches(row: &'static Row) {
+async fn sizes_and_batches(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let many: Vec<(u64, u64)> = (0..2000).map(|i| (i * 4000, 1 + i % 1500)).collect();
@@ -274,7 +323,7 @@ async fn sizes_and_batches(row: &'static Row) {
     bench.gate.all_given_back().await;
 }
 
-async fn many_ranges_in_one_pull(row: &'static Row) {
+async fn many_ranges_in_one_pull(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -284,7 +333,7 @@ async fn many_ranges_in_one_pull(row: &'static Row) {
     bench.gate.all_given_back().await;
 }
 
-async fn many_at_once(row: &'static Row) {
+async fn many_at_once(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peers = [bench.connect().await, bench.connect().await, bench.connect().await];
     let local = local();
@@ -300,7 +349,7 @@ async fn many_at_once(row: &'static Row) {
     bench.gate.all_given_back().await;
 }
 
-async fn what_is_outside_is_refused(row: &'static Row) {
+async fn what_is_outside_is_refused(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -326,7 +375,7 @@ async fn what_is_outside_is_refused(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn a_claim_that_does_not_stand(row: &'static Row) {
+async fn a_claim_that_does_not_stand(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -345,7 +394,7 @@ async fn a_claim_that_does_not_stand(row: &'static Row) {
 
 /// Expiry, a newer attempt and a cancel look alike from here: the gate no longer lets the claim through. What it
 /// has let through is brought to its end, because the permit keeps the pages.
-async fn a_claim_that_ends_midway(row: &'static Row) {
+async fn a_claim_that_ends_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -361,43 +410,91 @@ async fn a_claim_that_ends_midway(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn a_stale_export_is_told_apart(row: &'static Row) {
+/// A newer attempt does not wait for what an older one has under way, and does not harm it.
+async fn a_claim_superseded_midway(row: &'static Tested) {
+    let bench = Bench::new(row).await;
+    let peer = bench.connect().await;
+    let (older, newer) = (local(), local());
+    let midway = begin(&*peer, everything(&older), &bench.gate).await.expect("it takes longer");
+    let next = ClaimId(43);
+    bench.gate.set(CLAIM, false);
+    bench.gate.set(next, true);
+    let done = peer.pull(Pull { claim: next, ..everything(&newer) }).await;
+    assert_eq!(done.bytes, Ok(REGION as u64), "{}: the newer claim's pull", row.name);
+    assert!(holds(&newer, &[(0, REGION as u64)]), "{}: and is whole", row.name);
+    drop(midway);
+    bench.gate.all_given_back().await;
+}
+
+/// Of the bytes at their destination, so that a fault in the owner's memory, on the way and in ours is seen.
+async fn checksums_are_those_of_what_arrived(row: &'static Tested) {
+    let region = Region::shared(1 << 20).expect("memory");
+    // SAFETY: nobody else knows this region yet.
+    unsafe { region.slice_mut(0, 1 << 20) }.copy_from_slice(bytes(remote(), 0, 1 << 20));
+    let region = Arc::new(region);
+    let gate = Arc::new(TestGate::default());
+    gate.set(CLAIM, true);
+    let exported = Bench::export(row, gate, region.clone()).await;
+    let peer = row.transport().connect(exported.export(), soon()).await.expect("it connects");
+    let ranges = [(0, 1), (100, 0), (1000, 240), (2000, 100_000), (200_000, 700_001), (1_000_000, 4096)];
+    let sums = |region: &Region| -> Vec<u64> {
+        ranges.iter().map(|&(offset, len)| checksum(bytes(region, offset, len))).collect()
+    };
+    let good = sums(&region);
+    let local = local();
+    let asked = || Pull { checksums: true, ..pull(&ranges, &local) };
+    assert_eq!(peer.pull(asked()).await.checksums, good, "{}", row.name);
+    assert!(peer.pull(pull(&ranges, &local)).await.checksums.is_empty(), "{}: nobody asked", row.name);
+    // SAFETY: no pull is under way.
+    let byte = unsafe { region.slice_mut(299_999, 1) };
+    byte[0] ^= 0x20;
+    let done = peer.pull(asked()).await;
+    assert!(done.bytes.is_ok(), "{}: a transport does not judge", row.name);
+    assert_eq!(done.checksums, sums(&local), "{}: what is here now", row.name);
+    let wrong: Vec<usize> = (0..ranges.len()).filter(|&i| done.checksums[i] != good[i]).collect();
+    assert_eq!(wrong, [4], "{}: the range that went wrong, and no other", row.name);
+}
+
+async fn a_stale_export_is_told_apart(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let mut stale = bench.exported.export().clone();
     // Every blob names the owner's incarnation as eight bytes; another one is another start.
     let own = OWNER.0.to_be_bytes();
     let at = stale.blob.windows(8).position(|bytes| bytes == own).expect("the blob names the incarnation");
     stale.blob[at..at + 8].copy_from_slice(&8u64.to_be_bytes());
-    let refused = (row.make)().connect(&stale, soon()).await.err();
+    let refused = row.transport().connect(&stale, soon()).await.err();
     assert!(matches!(refused, Some(Error::StaleIncarnation { .. })), "{}: {refused:?}", row.name);
     assert_still_good(row, &*bench.connect().await).await;
 }
 
-async fn a_peer_that_is_gone(row: &'static Row) {
+async fn a_peer_that_is_gone(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let export = bench.exported.export().clone();
     drop(bench.exported);
     assert_gone(row, &peer.pull(pull(&[(0, 100)], &local())).await);
-    let again = (row.make)().connect(&export, soon()).await;
+    let again = row.transport().connect(&export, soon()).await;
     assert!(again.is_err(), "{}: nobody is there any more", row.name);
 }
 
-async fn a_peer_that_dies_midway(row: &'static Row) {
+async fn a_peer_that_dies_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
     let midway = begin(&*peer, everything(&local), &bench.gate).await.expect("it takes longer");
     drop(bench.exported);
-    assert_gone(row, &midway.await);
+    let done = midway.await;
+    assert_gone(row, &done);
+    let_go(row, done).await;
+    assert_ours(row, &*peer, &local).await;
     bench.gate.all_given_back().await;
     assert_gone(row, &peer.pull(pull(&[(0, 100)], &local)).await);
 }
 
 /// As if its process had been stopped: connections stay, nothing is said.
-async fn a_peer_that_stops_midway(row: &'static Row) {
+async fn a_peer_that_stops_midway(row: &'static Tested) {
     let elsewhere = Elsewhere::start(row).await;
-    let peer = (row.make)().connect(&elsewhere.export, soon()).await.expect("it connects");
+    let peer = row.transport().connect(&elsewhere.export, soon()).await.expect("it connects");
     let local = local();
     // A machine that is busy enough for the deadline to pass before the pull has begun gets more time.
     let mut limit = Duration::from_millis(200);
@@ -412,8 +509,8 @@ async fn a_peer_that_stops_midway(row: &'static Row) {
     let thaw = elsewhere.freeze().await;
     let done = midway.await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}: a hung peer costs the deadline", row.name);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
-    let refused = (row.make)().connect(&elsewhere.export, seam::now() + Duration::from_millis(200)).await;
+    let_go(row, done).await;
+    let refused = row.transport().connect(&elsewhere.export, seam::now() + Duration::from_millis(200)).await;
     assert!(refused.is_err(), "{}: a connection stands only if somebody answers", row.name);
     // SAFETY: the buffers may be reused, so the bytes are ours again.
     unsafe { fill(&local) };
@@ -423,7 +520,7 @@ async fn a_peer_that_stops_midway(row: &'static Row) {
     assert!(is_filled(&local), "{}: a late write", row.name);
 }
 
-async fn a_pull_cancelled_midway(row: &'static Row) {
+async fn a_pull_cancelled_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -439,18 +536,22 @@ async fn a_pull_cancelled_midway(row: &'static Row) {
     assert!(is_filled(&local), "{}: a late write", row.name);
 }
 
-async fn a_peer_closed_midway(row: &'static Row) {
+async fn a_peer_closed_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
-    let midway = begin(&*peer, everything(&local()), &bench.gate).await.expect("it takes longer");
+    let local = local();
+    let midway = begin(&*peer, everything(&local), &bench.gate).await.expect("it takes longer");
     peer.close();
-    assert_gone(row, &midway.await);
+    let done = midway.await;
+    assert_gone(row, &done);
+    let_go(row, done).await;
+    assert_ours(row, &*peer, &local).await;
     bench.gate.all_given_back().await;
-    assert_gone(row, &peer.pull(pull(&[(0, 100)], &local())).await);
+    assert_gone(row, &peer.pull(pull(&[(0, 100)], &local)).await);
     assert_still_good(row, &*bench.connect().await).await;
 }
 
-async fn a_deadline_that_has_passed(row: &'static Row) {
+async fn a_deadline_that_has_passed(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -461,7 +562,7 @@ async fn a_deadline_that_has_passed(row: &'static Row) {
     assert_still_good(row, &*peer).await;
 }
 
-async fn a_deadline_that_passes_midway(row: &'static Row) {
+async fn a_deadline_that_passes_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
     let local = local();
@@ -477,19 +578,20 @@ async fn a_deadline_that_passes_midway(row: &'static Row) {
     seam::sleep_until(deadline).await;
     let done = midway.await;
     assert_eq!(done.bytes, Err(PullError::Deadline), "{}", row.name);
-    assert!(matches!(done.buffers, Buffers::Reusable), "{}: nothing writes any more", row.name);
+    let_go(row, done).await;
+    assert_ours(row, &*peer, &local).await;
     bench.gate.all_given_back().await;
     assert_still_good(row, &*peer).await;
 }
 
-async fn nothing_of_an_owner_outlives_its_export(row: &'static Row) {
+async fn nothing_of_an_owner_outlives_its_export(row: &'static Tested) {
     let gate = Arc::new(TestGate::default());
     gate.set(CLAIM, true);
     let (counts, gone) = (gate.counts.clone(), Arc::downgrade(&gate));
-    let region = Arc::new(Region::anonymous(4096).expect("memory"));
+    let region = Arc::new(Region::shared(4096).expect("memory"));
     let memory = Arc::downgrade(&region);
     let exported = Bench::export(row, gate, region).await;
-    let peer = (row.make)().connect(exported.export(), soon()).await.expect("it connects");
+    let peer = row.transport().connect(exported.export(), soon()).await.expect("it connects");
     assert_eq!(peer.pull(pull(&[(0, 100)], &local())).await.bytes, Ok(100), "{}", row.name);
     drop(exported);
     let released = async {
@@ -503,7 +605,7 @@ async fn nothing_of_an_owner_outlives_its_export(row: &'static Row) {
     drop(peer);
 }
 
-async fn garbage_is_not_an_export(row: &'static Row) {
+async fn garbage_is_not_an_export(row: &'static Tested) {
     let good = Bench::new(row).await;
     let mut cut = good.exported.export().blob.clone();
     cut.truncate(cut.len() - 1);
@@ -511,7 +613,7 @@ async fn garbage_is_not_an_export(row: &'static Row) {
     long.extend([b'x'; 3]);
     for blob in [vec![], vec![1; 5], vec![0xff; 64], vec![b':'; 30], cut[..20].to_vec(), long] {
         let export = Export { transport: row.name.to_owned(), blob };
-        assert!((row.make)().connect(&export, soon()).await.is_err(), "{}: {export:?}", row.name);
+        assert!(row.transport().connect(&export, soon()).await.is_err(), "{}: {export:?}", row.name);
     }
 }
 
@@ -525,7 +627,7 @@ struct Elsewhere {
 }
 
 impl Elsewhere {
-    async fn start(row: &'static Row) -> Elsewhere {
+    async fn start(row: &'static Tested) -> Elsewhere {
         let gate = Arc::new(TestGate::default());
         gate.set(CLAIM, true);
         let (freeze, mut frozen) = mpsc::channel::<(oneshot::Sender<()>, std::sync::mpsc::Receiver<()>)>(1);

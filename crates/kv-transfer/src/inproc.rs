@@ -6,18 +6,15 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, Weak};
 
 use async_trait::async_trait;
+use tandem_chassis::fail::{self, Passage};
 use tandem_chassis::seam;
 use tandem_memory::Region;
 use tandem_types::{Export, Incarnation, Time};
 
-use crate::{Buffers, Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
+use crate::copying::Copying;
+use crate::{Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
 
 pub(crate) const NAME: &str = "inproc";
-
-/// Bytes copied between two looks at deadline and cancellation.
-const SLICE_BYTES: usize = 1 << 20;
-/// What a range costs at least, in bytes, so that many small ones are a slice too.
-const RANGE_COST: usize = 1 << 10;
 
 /// What is exported in this process, by a random id that no other process can guess or mean.
 static EXPORTS: LazyLock<Mutex<HashMap<u128, Weak<Exporting>>>> = LazyLock::new(Mutex::default);
@@ -88,7 +85,7 @@ struct InprocPeer {
 }
 
 impl InprocPeer {
-    async fn copy(&self, pull: &Pull) -> Result<u64, PullError> {
+    async fn copy(&self, pull: &Pull) -> Result<(u64, Vec<u64>), PullError> {
         let gone = || PullError::PeerGone("its export has ended".into());
         let exporting = self.exporting.upgrade().ok_or_else(gone)?;
         let may_go_on = || {
@@ -102,32 +99,26 @@ impl InprocPeer {
         };
         let bytes = check(pull, exporting.region.len() as u64)?;
         may_go_on()?;
-        let permit = exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?;
-        let mut slice = 0;
-        for (range, &local) in pull.remote.iter().zip(&pull.local_offsets) {
-            let mut done = 0;
-            while done < range.len as usize {
-                if slice >= SLICE_BYTES {
-                    // Others on this thread get their turn, and a dropped pull stops here.
-                    tokio::task::yield_now().await;
-                    may_go_on()?;
-                    slice = 0;
-                }
-                let len = (SLICE_BYTES - slice).min(range.len as usize - done);
-                // SAFETY: both ends are inside their regions, as checked. The permit keeps the owner from writing to
-                // the source until it drops; the caller of `pull` owns the destination until the completion. The
-                // regions may be one and the same, so nothing is said here of the two not overlapping.
-                unsafe {
-                    let from = exporting.region.as_ptr().add(range.offset as usize + done);
-                    let to = pull.local.as_ptr().add(local as usize + done);
-                    std::ptr::copy(from, to, len);
-                }
-                done += len;
-                slice += len.max(RANGE_COST);
-            }
+        let passage = fail::pass("pull.gate", "").await;
+        if matches!(passage, Passage::Lost | Passage::Broken) {
+            return Err(PullError::Denied);
         }
+        let permit = exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?;
+        if passage == Passage::Twice {
+            drop(exporting.gate.begin(pull.claim, &pull.remote).map_err(|_| PullError::Denied)?);
+        }
+        let source = exporting.region.clone();
+        // SAFETY: the ranges are inside the region, as checked. The permit keeps the owner from writing to the source
+        // until it drops, after the copy; the caller of `pull` owns the destination until the completion.
+        let mut copying = unsafe { Copying::new(pull, source.as_ptr(), source.clone()) };
+        while copying.step() {
+            // Others on this thread get their turn, and a dropped pull stops here.
+            tokio::task::yield_now().await;
+            may_go_on()?;
+        }
+        let sums = copying.into_sums();
         drop(permit);
-        Ok(bytes)
+        Ok((bytes, sums))
     }
 }
 
@@ -135,7 +126,7 @@ impl InprocPeer {
 impl Peer for InprocPeer {
     async fn pull(&self, pull: Pull) -> Completion {
         // A copy runs in this future only, so with its end nothing writes any more.
-        Completion { bytes: self.copy(&pull).await, buffers: Buffers::Reusable }
+        Completion::stopped(self.copy(&pull).await)
     }
 
     fn close(&self) {

@@ -4,9 +4,14 @@
 //! the buffers be reused), nothing is written after the second one says so, every wait has a deadline, and no
 //! byte leaves a region but through its owner's gate.
 
+mod checksum;
 pub mod conformance;
+mod copying;
 mod inproc;
+mod shm;
 mod tcp;
+mod tls;
+mod wire;
 
 use std::any::Any;
 use std::future::Future;
@@ -17,6 +22,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
+
+pub use checksum::checksum;
+pub use tls::{Tls, TlsError};
 
 /// Bytes of a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,6 +92,8 @@ pub struct Pull {
     /// Where in it, one per remote range; no two places overlap. The caller owns these bytes until the
     /// completion says that they may be reused.
     pub local_offsets: Vec<u64>,
+    /// Whether to take the checksum of what arrived, range by range.
+    pub checksums: bool,
     /// When to give up.
     pub deadline: Time,
 }
@@ -93,8 +103,21 @@ pub struct Pull {
 pub struct Completion {
     /// Did every byte arrive? How many, or why not.
     pub bytes: Result<u64, PullError>,
+    /// Checksums of the bytes that arrived, one per range; empty if nobody asked for them, or bytes are missing.
+    pub checksums: Vec<u64>,
     /// May the local bytes be reused?
     pub buffers: Buffers,
+}
+
+impl Completion {
+    /// Of a pull that has ended or was stopped, so that nothing writes any more.
+    fn stopped(done: Result<(u64, Vec<u64>), PullError>) -> Completion {
+        let (bytes, checksums) = match done {
+            Ok((bytes, checksums)) => (Ok(bytes), checksums),
+            Err(error) => (Err(error), Vec::new()),
+        };
+        Completion { bytes, checksums, buffers: Buffers::Reusable }
+    }
 }
 
 /// Whether anything may still write to a pull's destination.
@@ -203,12 +226,21 @@ impl Exported {
     }
 }
 
+/// What transports are told when they are made. Each takes what concerns it.
+#[derive(Clone, Default)]
+pub struct Options {
+    /// Identity and trust for connections that leave this host's memory; without it they are plain.
+    pub tls: Option<Tls>,
+}
+
 /// A transport by its name.
 pub struct Row {
     /// What `--transport` calls it.
     pub name: &'static str,
     /// Makes it.
-    pub make: fn() -> Arc<dyn Transport>,
+    pub make: fn(&Options) -> Arc<dyn Transport>,
+    /// Whether it exports shared memory only.
+    pub shared_memory: bool,
     /// Cases of the conformance suite that mean nothing here, each with the reason.
     pub not_applicable: &'static [(&'static str, &'static str)],
 }
@@ -217,26 +249,39 @@ pub struct Row {
 pub static TRANSPORTS: &[Row] = &[
     Row {
         name: inproc::NAME,
-        make: || Arc::new(inproc::Inproc),
+        make: |_| Arc::new(inproc::Inproc),
+        shared_memory: false,
         not_applicable: &[(
             "a_peer_that_stops_midway",
             "the puller's own task copies, so nobody else is there to stop",
         )],
     },
-    Row { name: tcp::NAME, make: || Arc::new(tcp::Tcp), not_applicable: &[] },
+    Row { name: shm::NAME, make: |_| Arc::new(shm::Shm), shared_memory: true, not_applicable: &[] },
+    Row {
+        name: tcp::NAME,
+        make: |options| Arc::new(tcp::Tcp { tls: options.tls.clone() }),
+        shared_memory: false,
+        not_applicable: &[],
+    },
 ];
 
-/// The best way to a peer with which a connection really stands. `allowed` is `auto` or one transport's name.
-/// Returns the transport's name too.
+/// The rows that may be used: all for `auto`, or the one of that name.
+pub fn allowed(transport: &str) -> impl Iterator<Item = &'static Row> {
+    TRANSPORTS.iter().filter(move |row| transport == "auto" || transport == row.name)
+}
+
+/// The best way to a peer with which a connection really stands. `transport` is `auto` or one transport's
+/// name; with a name there is no other way, however bad. Returns the transport's name too.
 pub async fn connect_best(
     exports: &[Export],
-    allowed: &str,
+    transport: &str,
+    options: &Options,
     deadline: Time,
 ) -> Result<(&'static str, Arc<dyn Peer>), Error> {
     let mut refusals = Vec::new();
-    for row in TRANSPORTS.iter().filter(|row| allowed == "auto" || allowed == row.name) {
+    for row in allowed(transport) {
         let Some(export) = exports.iter().find(|export| export.transport == row.name) else { continue };
-        match (row.make)().connect(export, deadline).await {
+        match (row.make)(options).connect(export, deadline).await {
             Ok(peer) => return Ok((row.name, peer)),
             // The owner has restarted: no other way leads to what the handle means.
             Err(stale @ Error::StaleIncarnation { .. }) => return Err(stale),
@@ -245,7 +290,7 @@ pub async fn connect_best(
     }
     if refusals.is_empty() {
         let offered: Vec<&str> = exports.iter().map(|export| export.transport.as_str()).collect();
-        refusals.push(format!("allowed here: {allowed}; offered there: {}", offered.join(", ")));
+        refusals.push(format!("allowed here: {transport}; offered there: {}", offered.join(", ")));
     }
     Err(Error::NoWay(refusals.join("; ")))
 }

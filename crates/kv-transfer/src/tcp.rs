@@ -1,17 +1,10 @@
 //! Between processes and machines: pure Rust over TCP, enforced by the owner.
 //!
-//! A connection is a *lane*. It begins with a hello of both sides that names the owner's start; then requests
-//! and answers alternate. A request is one header and one list for a whole batch of ranges; its answer is a
-//! status and, if that is good, all bytes in order, written straight from the region. A pull reads them straight
-//! into its own region. A lane whose pull did not end well is closed, and with the socket goes everything that
-//! could still write.
+//! A request is one header and one list for a whole batch of ranges; the bytes are written straight from the
+//! region, and a pull reads them straight into its own, taking checksums while they are in the cache. A lane
+//! whose pull did not end well is closed, and with the socket goes everything that could still write.
 //!
-//! All integers are big-endian.
-//! - hello, both ways: magic `TKV1`, incarnation `u64`, export id `u128`; from the owner also a status byte and
-//!   the region's length `u64`
-//! - request: claim `u128`, ranges `u32`, milliseconds the puller still waits `u32`, then offset `u64` and
-//!   length `u64` of each range
-//! - answer: status byte (0 good, 1 denied, 2 invalid), then the bytes
+//! A lane is as in `wire`; after a good answer come the bytes of all ranges in order.
 
 use std::collections::VecDeque;
 use std::io;
@@ -23,42 +16,39 @@ use std::time::Duration;
 use async_trait::async_trait;
 use tandem_chassis::{Tasks, seam};
 use tandem_memory::Region;
-use tandem_types::{ClaimId, Export, Incarnation, Time};
+use tandem_types::{Export, Incarnation, Time};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 
-use crate::{Buffers, ByteRange, Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
+use crate::checksum::Sum;
+use crate::tls::Tls;
+use crate::wire::{self, DENIED, GOOD, INVALID, Name, RANGES_MAX, Request, STALL_MAX, limited};
+use crate::{Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
+
+mod socket;
+
+pub(crate) use socket::Socket;
 
 pub(crate) const NAME: &str = "tcp";
 
-const MAGIC: &[u8; 4] = b"TKV1";
+const MAGIC: &wire::Magic = b"TKV1";
 /// Connections an owner serves at once.
 const CONNECTIONS_MAX: usize = 256;
 /// Pulls a peer has under way at once, each on a lane of its own; more wait.
 const LANES: usize = 4;
-/// Ranges of one request at most; a pull of more is several requests.
-const RANGES_MAX: usize = 1 << 16;
 /// A pull reads so much, and then others get their turn.
 const TURN_BYTES: usize = 1 << 20;
 /// Ranges of one system call at most.
 const PARTS_MAX: usize = 256;
-/// Time for a hello, and for a puller that reads nothing.
-const STALL_MAX: Duration = Duration::from_secs(10);
-/// Time for one answer, whatever its puller says, and what a puller may be late in noticing its own deadline.
-const ANSWER_MAX: Duration = Duration::from_secs(600);
-const GRACE: Duration = Duration::from_secs(1);
 /// A lane without requests is closed by the owner after this.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 
-const HEAD_BYTES: usize = 24;
-
-const GOOD: u8 = 0;
-const DENIED: u8 = 1;
-const INVALID: u8 = 2;
-
-/// Bytes over TCP.
-pub(crate) struct Tcp;
+/// Bytes over TCP, and with TLS over nothing else.
+#[derive(Clone, Default)]
+pub(crate) struct Tcp {
+    pub(crate) tls: Option<Tls>,
+}
 
 #[async_trait]
 impl Transport for Tcp {
@@ -74,7 +64,7 @@ impl Transport for Tcp {
         bind: IpAddr,
     ) -> Result<Exported, Error> {
         let failed = |error: io::Error| Error::Unreachable { transport: NAME, reason: error.to_string() };
-        let listener = seam::listen(SocketAddr::new(bind, 0)).await.map_err(failed)?;
+        let listener = seam::listen_tcp(SocketAddr::new(bind, 0)).await.map_err(failed)?;
         let mut address = listener.local_addr().map_err(failed)?;
         if address.ip().is_unspecified() {
             // No address, but it does on this host; `Exported::advertise` says better where that matters.
@@ -83,23 +73,23 @@ impl Transport for Tcp {
                 IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
             });
         }
-        let id = seam::random_u128();
-        let mut blob = incarnation.0.to_be_bytes().to_vec();
-        blob.extend(id.to_be_bytes());
-        let owner = Arc::new(Owner { region, gate, incarnation, id, closed: AtomicBool::new(false) });
+        let name = Name { incarnation, id: seam::random_u128() };
+        let owner =
+            Arc::new(Owner { region, gate, name, tls: self.tls.clone(), closed: AtomicBool::new(false) });
         let tasks = Tasks::new();
         tasks.spawn(accept(listener, owner.clone()));
-        Ok(Exported::new(NAME, blob, Some(address), Box::new(Serving { owner, _tasks: tasks })))
+        let serving = Serving { owner, _tasks: tasks };
+        Ok(Exported::new(NAME, name.to_bytes().to_vec(), Some(address), Box::new(serving)))
     }
 
     async fn connect(&self, export: &Export, deadline: Time) -> Result<Arc<dyn Peer>, Error> {
         let malformed = |reason: &str| Error::Malformed { transport: NAME, reason: reason.to_owned() };
-        let (head, address) = export.blob.split_at_checked(24).ok_or_else(|| malformed("it is too short"))?;
+        let (name, address) = export.blob.split_first_chunk().ok_or_else(|| malformed("it is too short"))?;
         let address = std::str::from_utf8(address).ok().filter(|text| is_address(text));
         let peer = TcpPeer {
             address: address.ok_or_else(|| malformed("it has no address"))?.to_owned(),
-            incarnation: u64::from_be_bytes(head[..8].try_into().expect("eight bytes")),
-            id: u128::from_be_bytes(head[8..].try_into().expect("sixteen bytes")),
+            name: Name::from_bytes(name),
+            tls: self.tls.clone(),
             lanes: Mutex::default(),
             permits: Semaphore::new(LANES),
             closed: watch::Sender::new(false),
@@ -119,8 +109,8 @@ fn is_address(text: &str) -> bool {
 struct Owner {
     region: Arc<Region>,
     gate: Arc<dyn Gate>,
-    incarnation: Incarnation,
-    id: u128,
+    name: Name,
+    tls: Option<Tls>,
     closed: AtomicBool,
 }
 
@@ -161,39 +151,23 @@ async fn accept(listener: TcpListener, owner: Arc<Owner>) {
 }
 
 impl Owner {
-    async fn serve(&self, mut stream: TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        let mut hello = [0; 28];
-        limited(STALL_MAX, stream.read_exact(&mut hello)).await?;
-        if &hello[..4] != MAGIC {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "not a lane of ours"));
-        }
-        let wanted = u64::from_be_bytes(hello[4..12].try_into().expect("eight bytes"));
-        let id = u128::from_be_bytes(hello[12..].try_into().expect("sixteen bytes"));
+    async fn serve(&self, stream: TcpStream) -> io::Result<()> {
+        Socket::prepare(&stream)?;
+        let mut stream = match &self.tls {
+            Some(tls) => limited(STALL_MAX, tls.accept(stream)).await?,
+            None => Socket::plain(stream),
+        };
+        let known = wire::read_hello(&mut stream, MAGIC).await? == self.name;
         self.check_open()?;
-        let known = wanted == self.incarnation.0 && id == self.id;
-        let mut answer = MAGIC.to_vec();
-        answer.push(if known { GOOD } else { DENIED });
-        answer.extend((self.region.len() as u64).to_be_bytes());
-        stream.write_all(&answer).await?;
+        say(&mut stream, &wire::hello_answer(MAGIC, known, &self.region)).await?;
         if !known {
             return Ok(());
         }
         loop {
-            let mut head = [0; HEAD_BYTES];
-            limited(IDLE_MAX, stream.read_exact(&mut head)).await?;
-            let claim = ClaimId(u128::from_be_bytes(head[..16].try_into().expect("sixteen bytes")));
-            let count = u32::from_be_bytes(head[16..20].try_into().expect("four bytes")) as usize;
-            let left = u32::from_be_bytes(head[20..].try_into().expect("four bytes"));
-            if count > RANGES_MAX {
-                return stream.write_all(&[INVALID]).await;
-            }
-            let mut list = vec![0; count * 16];
-            limited(STALL_MAX, stream.read_exact(&mut list)).await?;
-            let ranges: Vec<ByteRange> = list.chunks_exact(16).map(read_range).collect();
-            // Nobody waits for it longer, so nobody's pages are kept for it longer.
-            let left = Duration::from_millis(u64::from(left)).min(ANSWER_MAX) + GRACE;
-            limited(left, self.answer(&mut stream, claim, &ranges)).await?;
+            let Some(request) = wire::read_request(&mut stream, IDLE_MAX).await? else {
+                return say(&mut stream, &[INVALID]).await;
+            };
+            limited(request.limit, self.answer(&mut stream, &request)).await?;
         }
     }
 
@@ -204,12 +178,15 @@ impl Owner {
         }
     }
 
-    async fn answer(&self, stream: &mut TcpStream, claim: ClaimId, ranges: &[ByteRange]) -> io::Result<()> {
+    async fn answer(&self, stream: &mut Socket, request: &Request) -> io::Result<()> {
+        let ranges = &request.ranges;
         if !ranges.iter().all(|range| self.region.contains(range.offset, range.len)) {
-            return stream.write_all(&[INVALID]).await;
+            return say(stream, &[INVALID]).await;
         }
         self.check_open()?;
-        let Ok(permit) = self.gate.begin(claim, ranges) else { return stream.write_all(&[DENIED]).await };
+        let Ok(permit) = self.gate.begin(request.claim, ranges) else {
+            return say(stream, &[DENIED]).await;
+        };
         // SAFETY: inside the region, as checked; the permit keeps everybody from writing to these bytes until it
         // drops, which is after the last use of the slices.
         let bytes = ranges.iter().map(|r| unsafe { self.region.slice(r.offset as usize, r.len as usize) });
@@ -220,8 +197,14 @@ impl Owner {
     }
 }
 
+/// Writes a few bytes.
+async fn say(stream: &mut Socket, bytes: &[u8]) -> io::Result<()> {
+    stream.write_all(bytes).await?;
+    stream.flush().await
+}
+
 /// Writes all parts, as many per system call as it takes.
-async fn write_all(stream: &mut TcpStream, parts: &mut VecDeque<&[u8]>) -> io::Result<()> {
+async fn write_all(stream: &mut Socket, parts: &mut VecDeque<&[u8]>) -> io::Result<()> {
     while !parts.is_empty() {
         let slices: Vec<io::IoSlice<'_>> =
             parts.iter().take(PARTS_MAX).map(|part| io::IoSlice::new(part)).collect();
@@ -239,18 +222,7 @@ async fn write_all(stream: &mut TcpStream, parts: &mut VecDeque<&[u8]>) -> io::R
             parts.pop_front();
         }
     }
-    Ok(())
-}
-
-fn read_range(bytes: &[u8]) -> ByteRange {
-    ByteRange {
-        offset: u64::from_be_bytes(bytes[..8].try_into().expect("eight bytes")),
-        len: u64::from_be_bytes(bytes[8..].try_into().expect("eight bytes")),
-    }
-}
-
-async fn limited<T>(limit: Duration, io: impl Future<Output = io::Result<T>>) -> io::Result<T> {
-    seam::timeout(limit, io).await.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))
+    limited(STALL_MAX, stream.flush()).await
 }
 
 // ---------------------------------------------------------------------- the puller
@@ -258,8 +230,8 @@ async fn limited<T>(limit: Duration, io: impl Future<Output = io::Result<T>>) ->
 struct TcpPeer {
     /// Host and port.
     address: String,
-    incarnation: u64,
-    id: u128,
+    name: Name,
+    tls: Option<Tls>,
     /// Lanes without a pull.
     lanes: Mutex<Vec<Lane>>,
     permits: Semaphore,
@@ -267,7 +239,7 @@ struct TcpPeer {
 }
 
 struct Lane {
-    stream: TcpStream,
+    stream: Socket,
     remote_len: u64,
 }
 
@@ -275,12 +247,14 @@ impl TcpPeer {
     async fn open_lane(&self, deadline: Time) -> Result<Lane, Error> {
         let unreachable = |reason: String| Error::Unreachable { transport: NAME, reason };
         let open = async {
-            let mut stream = seam::connect(&*self.address).await?;
-            let mut hello = MAGIC.to_vec();
-            hello.extend(self.incarnation.to_be_bytes());
-            hello.extend(self.id.to_be_bytes());
-            stream.write_all(&hello).await?;
-            let mut answer = [0; 13];
+            let stream = seam::connect_tcp(&*self.address).await?;
+            let host = self.address.rsplit_once(':').map_or("", |(host, _)| host);
+            let mut stream = match &self.tls {
+                Some(tls) => tls.connect(stream, host).await?,
+                None => Socket::plain(stream),
+            };
+            say(&mut stream, &wire::hello(MAGIC, self.name)).await?;
+            let mut answer = [0; wire::ANSWER_BYTES];
             stream.read_exact(&mut answer).await?;
             Ok::<_, io::Error>((stream, answer))
         };
@@ -288,13 +262,7 @@ impl TcpPeer {
         let (stream, answer) = opened
             .map_err(|_| unreachable(format!("{} does not answer", self.address)))?
             .map_err(|error| unreachable(format!("{}: {error}", self.address)))?;
-        if &answer[..4] != MAGIC {
-            return Err(unreachable(format!("{} is not a lane of ours", self.address)));
-        }
-        if answer[4] != GOOD {
-            return Err(Error::StaleIncarnation { transport: NAME });
-        }
-        let remote_len = u64::from_be_bytes(answer[5..].try_into().expect("eight bytes"));
+        let remote_len = wire::read_hello_answer(NAME, MAGIC, &answer)?;
         Ok(Lane { stream, remote_len })
     }
 
@@ -310,7 +278,7 @@ impl TcpPeer {
         self.lanes.lock().expect("nothing panics under this lock").pop()
     }
 
-    async fn try_pull(&self, pull: &Pull) -> Result<u64, PullError> {
+    async fn try_pull(&self, pull: &Pull) -> Result<(u64, Vec<u64>), PullError> {
         let _permit = self.permits.acquire().await.expect("the semaphore is never closed");
         loop {
             let idle = self.idle_lane();
@@ -319,7 +287,10 @@ impl TcpPeer {
                 Some(lane) => lane,
                 None => {
                     let opened = self.open_lane(pull.deadline).await;
-                    opened.map_err(|error| PullError::PeerGone(error.to_string()))?
+                    opened.map_err(|error| match seam::now() >= pull.deadline {
+                        true => PullError::Deadline,
+                        false => PullError::PeerGone(error.to_string()),
+                    })?
                 }
             };
             let bytes = match check(pull, lane.remote_len) {
@@ -331,15 +302,17 @@ impl TcpPeer {
             };
             // A lane that does not come to its end here is dropped: its socket is closed with the future.
             match lane.pull(pull).await {
-                Ok(GOOD) => {
+                Ok(Answer::Good(sums)) => {
                     self.keep(lane);
-                    return Ok(bytes);
+                    return Ok((bytes, sums));
                 }
-                Ok(DENIED) => {
+                Ok(Answer::Denied) => {
                     self.keep(lane);
                     return Err(PullError::Denied);
                 }
-                Ok(_) => return Err(PullError::Invalid("the owner does not accept the ranges".into())),
+                Ok(Answer::Invalid) => {
+                    return Err(PullError::Invalid("the owner does not accept the ranges".into()));
+                }
                 // Its owner may have closed an idle lane meanwhile: then a fresh one decides.
                 Err(_) if !fresh => {}
                 Err(error) => return Err(PullError::PeerGone(error.to_string())),
@@ -348,74 +321,108 @@ impl TcpPeer {
     }
 }
 
+enum Answer {
+    /// With the checksums.
+    Good(Vec<u64>),
+    Denied,
+    Invalid,
+}
+
 impl Lane {
-    /// Brings everything, in as many requests as it takes. Returns the status that the last one got.
-    async fn pull(&mut self, pull: &Pull) -> io::Result<u8> {
+    /// Brings everything, in as many requests as it takes.
+    async fn pull(&mut self, pull: &Pull) -> io::Result<Answer> {
+        let mut sums = Vec::new();
         for batch in 0..pull.remote.len().div_ceil(RANGES_MAX).max(1) {
             let begin = batch * RANGES_MAX;
             let end = pull.remote.len().min(begin + RANGES_MAX);
-            let status = self.request(pull, &pull.remote[begin..end]).await?;
-            if status != GOOD {
-                return Ok(status);
+            let ranges = &pull.remote[begin..end];
+            say(&mut self.stream, &wire::request(pull.claim, ranges, pull.deadline)).await?;
+            match self.stream.read_u8().await? {
+                GOOD => {}
+                DENIED => return Ok(Answer::Denied),
+                _ => return Ok(Answer::Invalid),
             }
-            let places = pull.remote[begin..end].iter().zip(&pull.local_offsets[begin..end]);
+            let places = ranges.iter().zip(&pull.local_offsets[begin..end]);
             // SAFETY: the caller of `pull` owns these bytes until the completion or the drop of the pull, and this
             // future, which alone writes to them, ends with either. The places are inside the region and apart, as
             // checked.
             let places = places
-                .filter(|(range, _)| range.len > 0)
                 .map(|(range, &local)| unsafe { pull.local.slice_mut(local as usize, range.len as usize) });
-            read_all(&self.stream, places.collect()).await?;
+            let mut filling = Filling::new(places.collect(), pull.checksums);
+            filling.read_all(&mut self.stream).await?;
+            sums.extend(filling.sums);
         }
-        Ok(GOOD)
-    }
-
-    /// Sends one request; returns the status of its answer.
-    async fn request(&mut self, pull: &Pull, ranges: &[ByteRange]) -> io::Result<u8> {
-        let left = pull.deadline.remaining(seam::now()).as_millis();
-        let mut request = Vec::with_capacity(HEAD_BYTES + ranges.len() * 16);
-        request.extend(pull.claim.0.to_be_bytes());
-        request.extend((ranges.len() as u32).to_be_bytes());
-        request.extend(u32::try_from(left).unwrap_or(u32::MAX).to_be_bytes());
-        for range in ranges {
-            request.extend(range.offset.to_be_bytes());
-            request.extend(range.len.to_be_bytes());
-        }
-        self.stream.write_all(&request).await?;
-        self.stream.read_u8().await
+        Ok(Answer::Good(sums))
     }
 }
 
-/// Fills all parts, none of which is empty, as many per system call as it takes.
-async fn read_all(stream: &TcpStream, mut parts: VecDeque<&mut [u8]>) -> io::Result<()> {
-    let mut turn = 0;
-    while !parts.is_empty() {
-        if turn >= TURN_BYTES {
-            // A peer that is always faster than we must not keep others from this thread.
-            tokio::task::yield_now().await;
-            turn = 0;
-        }
-        stream.readable().await?;
-        let mut slices: Vec<io::IoSliceMut<'_>> =
-            parts.iter_mut().take(PARTS_MAX).map(|part| io::IoSliceMut::new(part)).collect();
-        let mut read = match stream.try_read_vectored(&mut slices) {
-            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
-            Ok(read) => read,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => continue,
-            Err(error) => return Err(error),
-        };
-        turn += read;
-        while read > 0
-            && let Some(part) = parts.pop_front()
-        {
-            if read < part.len() {
-                parts.push_front(&mut part[read..]);
-                break;
+/// Places that are filled one after the other.
+struct Filling<'a> {
+    places: Vec<&'a mut [u8]>,
+    /// The place whose turn it is, and how much of it is filled. A full one's turn is over.
+    place: usize,
+    filled: usize,
+    /// Bytes to come.
+    rest: usize,
+    sum: Sum,
+    summed: bool,
+    sums: Vec<u64>,
+}
+
+impl<'a> Filling<'a> {
+    fn new(places: Vec<&'a mut [u8]>, summed: bool) -> Filling<'a> {
+        let sum = Sum::new(places.first().map_or(0, |place| place.len()));
+        let rest = places.iter().map(|place| place.len()).sum();
+        let mut filling = Filling { places, place: 0, filled: 0, rest, sum, summed, sums: Vec::new() };
+        filling.take(0);
+        filling
+    }
+
+    /// So many bytes have come.
+    fn take(&mut self, mut bytes: usize) {
+        self.rest -= bytes;
+        while let Some(place) = self.places.get(self.place) {
+            let more = bytes.min(place.len() - self.filled);
+            self.filled += more;
+            bytes -= more;
+            if self.summed {
+                self.sum.advance(&place[..self.filled]);
             }
-            read -= part.len();
+            if self.filled < place.len() {
+                return;
+            }
+            let next = Sum::new(self.places.get(self.place + 1).map_or(0, |place| place.len()));
+            let sum = std::mem::replace(&mut self.sum, next);
+            if self.summed {
+                self.sums.push(sum.finish(place));
+            }
+            self.place += 1;
+            self.filled = 0;
         }
     }
-    Ok(())
+
+    /// Fills all places, as many per system call as it takes.
+    async fn read_all(&mut self, stream: &mut Socket) -> io::Result<()> {
+        let mut turn = 0;
+        while self.place < self.places.len() {
+            if turn >= TURN_BYTES {
+                // A peer that is always faster than we must not keep others from this thread.
+                tokio::task::yield_now().await;
+                turn = 0;
+            }
+            let places = self.places[self.place..].iter_mut().filter(|place| !place.is_empty());
+            let mut slices: Vec<io::IoSliceMut<'_>> =
+                places.take(PARTS_MAX).map(|place| io::IoSliceMut::new(place)).collect();
+            slices[0].advance(self.filled);
+            let read = stream.read_vectored(&mut slices, self.rest).await?;
+            if read == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            turn += read;
+            self.take(read);
+        }
+        stream.rest()
+    }
 }
 
 #[async_trait]
@@ -423,7 +430,7 @@ impl Peer for TcpPeer {
     async fn pull(&self, pull: Pull) -> Completion {
         let mut closed = self.closed.subscribe();
         let left = pull.deadline.remaining(seam::now());
-        let bytes = if left.is_zero() {
+        let done = if left.is_zero() {
             Err(PullError::Deadline)
         } else {
             tokio::select! {
@@ -433,7 +440,7 @@ impl Peer for TcpPeer {
             }
         };
         // What was not brought to its end is dropped by now, and its socket with it.
-        Completion { bytes, buffers: Buffers::Reusable }
+        Completion::stopped(done)
     }
 
     fn close(&self) {

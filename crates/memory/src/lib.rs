@@ -33,7 +33,7 @@ impl Region {
     }
 
     /// Memory behind a file descriptor that can be passed to peers on this host. Sealed for good: it can neither
-    /// grow nor shrink, so nobody who maps it can be hit by a truncation.
+    /// grow nor shrink, so nobody who maps it can be hit by a truncation; and only this mapping can write to it.
     ///
     /// # Errors
     /// As for `anonymous`.
@@ -46,34 +46,24 @@ impl Region {
         }
         // SAFETY: the descriptor is new and owned by nobody else.
         let fd = unsafe { OwnedFd::from_raw_fd(fd) };
-        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
-        // SAFETY: plain system calls on a descriptor that is open.
-        let sized = unsafe {
-            libc::ftruncate(fd.as_raw_fd(), bytes as libc::off_t) == 0
-                && libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, seals) == 0
-        };
-        if !sized {
+        // SAFETY: a plain system call on a descriptor that is open.
+        if unsafe { libc::ftruncate(fd.as_raw_fd(), bytes as libc::off_t) } != 0 {
             return Err(io::Error::last_os_error());
         }
-        Region::map(bytes, libc::MAP_SHARED, Some(fd))
+        let region = Region::map(bytes, libc::MAP_SHARED, Some(fd))?;
+        // After the mapping: what is mapped by then stays writable.
+        let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_FUTURE_WRITE | libc::F_SEAL_SEAL;
+        let fd = region.fd.as_ref().expect("it was given one").as_raw_fd();
+        // SAFETY: a plain system call on a descriptor that is open.
+        if unsafe { libc::fcntl(fd, libc::F_ADD_SEALS, seals) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(region)
     }
 
     fn map(len: usize, flags: libc::c_int, fd: Option<OwnedFd>) -> io::Result<Region> {
-        if len == 0 {
-            return Err(io::Error::new(io::ErrorKind::InvalidInput, "a region has at least one byte"));
-        }
         let raw = fd.as_ref().map_or(-1, AsRawFd::as_raw_fd);
-        // SAFETY: a new mapping at an address of the system's choice touches no memory that exists.
-        let start = unsafe {
-            libc::mmap(std::ptr::null_mut(), len, libc::PROT_READ | libc::PROT_WRITE, flags, raw, 0)
-        };
-        if start == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        // Before first touch, or the small pages stay. Only advice: a refusal costs speed and nothing else.
-        // SAFETY: the range was mapped above.
-        unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
-        let start = NonNull::new(start.cast()).expect("a mapping is never at address zero");
+        let start = map(len, libc::PROT_READ | libc::PROT_WRITE, flags, raw)?;
         Ok(Region { start, len, fd })
     }
 
@@ -133,6 +123,79 @@ impl Drop for Region {
     }
 }
 
+/// Another process's shared region, to be read only. Its owner goes on writing to it, so there are no slices of
+/// it: which bytes stand still when, its owner says. The memory stays until every mapping of it is gone, also if
+/// its owner is gone before.
+#[derive(Debug)]
+pub struct Mapping {
+    start: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: as for a region, an address range that this value alone unmaps.
+unsafe impl Send for Mapping {}
+// SAFETY: as for `Send`.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    /// Maps what an owner has passed.
+    ///
+    /// # Errors
+    /// What the system says, and `InvalidData` for memory that its owner could take from under the reader.
+    pub fn of(fd: &OwnedFd) -> io::Result<Mapping> {
+        // SAFETY: a plain system call on a descriptor that is open.
+        let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
+        if seals < 0 || seals & libc::F_SEAL_SHRINK == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the memory is not sealed against shrinking",
+            ));
+        }
+        // SAFETY: a stat is plain numbers, for which zeros are good.
+        let mut stat: libc::stat = unsafe { std::mem::zeroed() };
+        // SAFETY: the descriptor is open, and the result has a place.
+        if unsafe { libc::fstat(fd.as_raw_fd(), &mut stat) } != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        let len = usize::try_from(stat.st_size).unwrap_or(0);
+        let start = map(len, libc::PROT_READ, libc::MAP_SHARED, fd.as_raw_fd())?;
+        Ok(Mapping { start, len })
+    }
+
+    /// Bytes.
+    #[allow(clippy::len_without_is_empty)] // no mapping is empty
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Where it begins.
+    pub fn as_ptr(&self) -> *const u8 {
+        self.start.as_ptr()
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `of` with this length, and nobody can have a reference any more.
+        unsafe { libc::munmap(self.start.as_ptr().cast(), self.len) };
+    }
+}
+
+fn map(len: usize, access: libc::c_int, flags: libc::c_int, fd: libc::c_int) -> io::Result<NonNull<u8>> {
+    if len == 0 {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "a region has at least one byte"));
+    }
+    // SAFETY: a new mapping at an address of the system's choice touches no memory that exists.
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), len, access, flags, fd, 0) };
+    if start == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // Before first touch, or the small pages stay. Only advice: a refusal costs speed and nothing else.
+    // SAFETY: the range was mapped above.
+    unsafe { libc::madvise(start, len, libc::MADV_HUGEPAGE) };
+    Ok(NonNull::new(start.cast()).expect("a mapping is never at address zero"))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,14 +229,28 @@ mod tests {
     fn a_peer_that_maps_the_descriptor_sees_the_same_bytes_also_after_the_owner_is_gone() {
         let region = Region::shared(4096).unwrap();
         let fd = region.fd().unwrap().try_clone_to_owned().unwrap();
-        let peer = Region::map(4096, libc::MAP_SHARED, Some(fd)).unwrap();
+        let peer = Mapping::of(&fd).unwrap();
+        assert_eq!(peer.len(), 4096);
         // SAFETY: one thread uses both mappings, one slice at a time.
         unsafe {
+            let read = || std::slice::from_raw_parts(peer.as_ptr().add(100), 3);
             region.slice_mut(100, 3).copy_from_slice(b"abc");
-            assert_eq!(peer.slice(100, 3), b"abc");
+            assert_eq!(read(), b"abc");
             drop(region);
-            assert_eq!(peer.slice(100, 3), b"abc");
+            assert_eq!(read(), b"abc");
         }
+    }
+
+    #[test]
+    fn a_peer_cannot_write_and_maps_nothing_that_can_shrink() {
+        let region = Region::shared(4096).unwrap();
+        let writable =
+            map(4096, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED, region.fd().unwrap().as_raw_fd());
+        assert_eq!(writable.unwrap_err().raw_os_error(), Some(libc::EPERM));
+        // SAFETY: the name is a C string; the descriptor is new and owned by nobody else.
+        let unsealed =
+            unsafe { OwnedFd::from_raw_fd(libc::memfd_create(c"unsealed".as_ptr(), libc::MFD_CLOEXEC)) };
+        assert_eq!(Mapping::of(&unsealed).unwrap_err().kind(), io::ErrorKind::InvalidData);
     }
 
     /// Lines of a file under `/proc/self` that are about the mapping of this file.

@@ -61,7 +61,8 @@ pub fn admit(
         return shed("no worker takes work now".to_owned(), 1.0);
     }
     if request.class == ServiceClass::Offline {
-        let usage = able.iter().map(|c| f64::from(c.kv_usage.clamp(0.0, 1.0))).sum::<f64>() / able.len() as f64;
+        let usage =
+            able.iter().map(|c| f64::from(c.kv_usage.clamp(0.0, 1.0))).sum::<f64>() / able.len() as f64;
         return if usage > limits.offline_kv_usage {
             shed(format!("{:.0} % of KV is in use, and offline work waits for a gap", usage * 100.0), 5.0)
         } else {

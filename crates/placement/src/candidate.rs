@@ -135,7 +135,8 @@ pub enum Tier {
 impl Tier {
     /// The way from this tier of a worker to its own device.
     pub fn link(self) -> Link {
-        let of = |setup_seconds: f64, bytes: f64| Link { setup_seconds, tokens_per_second: bytes / 147_456.0 };
+        let of =
+            |setup_seconds: f64, bytes: f64| Link { setup_seconds, tokens_per_second: bytes / 147_456.0 };
         match self {
             Tier::Device => of(0.0, f64::INFINITY),
             Tier::Host => of(0.2e-3, 40e9),

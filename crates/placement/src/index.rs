@@ -158,7 +158,11 @@ impl Index {
             return Err(Refused::TooManyWorkers);
         }
         let name = Some((worker.clone(), incarnation));
-        if vacant.is_some() { self.names[number as usize] = name } else { self.names.push(name) }
+        if vacant.is_some() {
+            self.names[number as usize] = name
+        } else {
+            self.names.push(name)
+        }
         self.members.insert(worker.clone(), Member { incarnation, number, sequence });
         for (tier, hash) in blocks {
             self.store(number, tier, hash);

@@ -9,11 +9,13 @@ pub mod admission;
 pub mod backlog;
 mod candidate;
 pub mod index;
+mod overlap;
 pub mod planner;
 mod policy;
 pub mod predictor;
 
 pub use candidate::{Candidate, Held, Link, Request, Route, Tier, decode_side, prefill_side};
+pub use overlap::overlap_pays;
 pub use policy::{
     Considered, Explanation, POLICIES, Policy, Row, Stage, conformance, cost, least_loaded, named, prefix,
     round_robin,

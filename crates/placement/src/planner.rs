@@ -290,7 +290,8 @@ impl Planner {
         };
         let best = promises.iter().copied().max_by(|a, b| {
             let (a, b) = (worth(a), worth(b));
-            let by_attainment = if (a.0 - b.0).abs() < 0.005 { a.1.total_cmp(&b.1) } else { a.0.total_cmp(&b.0) };
+            let by_attainment =
+                if (a.0 - b.0).abs() < 0.005 { a.1.total_cmp(&b.1) } else { a.0.total_cmp(&b.0) };
             by_attainment.then(std::cmp::Ordering::Equal)
         });
         let Some(best) = best else { return none("no split keeps the floors") };
@@ -318,7 +319,11 @@ impl Planner {
         } else {
             format!(
                 "{}P{}D promises {:.3} and carries {:.2} times the load, {prefill}P{decode}D {:.3} and {:.2}",
-                best.prefill, best.decode, best.attainment, best.carries, now_promised.attainment,
+                best.prefill,
+                best.decode,
+                best.attainment,
+                best.carries,
+                now_promised.attainment,
                 now_promised.carries
             )
         };
@@ -334,9 +339,11 @@ impl Planner {
 
     /// Those with the least to lose: fewest decodes to become a prefill worker, shortest queue the other way.
     fn flips(&self, candidates: &[Candidate], from: usize, to: usize, now: Time) -> Vec<Flip> {
-        let (old, new) = if to > from { (Role::Decode, Role::Prefill) } else { (Role::Prefill, Role::Decode) };
-        let rested =
-            |c: &&Candidate| self.flipped.get(&c.worker).is_none_or(|at| now.since(*at) >= self.config.cool_down);
+        let (old, new) =
+            if to > from { (Role::Decode, Role::Prefill) } else { (Role::Prefill, Role::Decode) };
+        let rested = |c: &&Candidate| {
+            self.flipped.get(&c.worker).is_none_or(|at| now.since(*at) >= self.config.cool_down)
+        };
         let mut able: Vec<&Candidate> = candidates.iter().filter(|c| c.role == old).filter(rested).collect();
         able.sort_by(|a, b| {
             let by = match old {

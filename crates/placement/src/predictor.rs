@@ -176,11 +176,8 @@ impl Predictor {
         self.error += ((ratio - 1.0).abs().min(1.0) - self.error) * weight;
         let p = &self.prior;
         let compute_bound = now.a0 + now.a1 * step.tokens >= now.b0 + now.b1 * step.tokens;
-        let (fixed, each, fit) = if compute_bound {
-            (p.a0, p.a1, &mut self.compute)
-        } else {
-            (p.b0, p.b1, &mut self.memory)
-        };
+        let (fixed, each, fit) =
+            if compute_bound { (p.a0, p.a1, &mut self.compute) } else { (p.b0, p.b1, &mut self.memory) };
         let terms = [fixed, each * step.tokens, p.a2 * step.pairs, p.b2 * step.context];
         fit.learn(terms.map(|term| term / step.seconds), 1.0);
         true

@@ -647,8 +647,7 @@ impl<'a> Cluster<'a> {
         let shape = shape.expect("checked");
         w.busy = true;
         w.steps += 1;
-        let mut seconds =
-            self.truth.step(f64::from(shape.new_tokens), shape.pairs, shape.context as f64);
+        let mut seconds = self.truth.step(f64::from(shape.new_tokens), shape.pairs, shape.context as f64);
         seconds *= random::factor(self.options.noise, self.options.seed, worker as u64, w.steps);
         if self.now < w.slow.1 {
             seconds *= w.slow.0;

@@ -40,7 +40,8 @@ pub struct Mersenne {
 impl Mersenne {
     /// As `random.Random(seed)`.
     pub fn new(seed: u64) -> Mersenne {
-        let key: Vec<u32> = if seed >> 32 == 0 { vec![seed as u32] } else { vec![seed as u32, (seed >> 32) as u32] };
+        let key: Vec<u32> =
+            if seed >> 32 == 0 { vec![seed as u32] } else { vec![seed as u32, (seed >> 32) as u32] };
         let mut s = [0u32; 624];
         s[0] = 19_650_218;
         for i in 1..624 {

@@ -9,8 +9,8 @@ use tandem_batching::{
 };
 use tandem_kv_cache::{ChainSeed, FirstTokenBundle, KvCache, Table, chain_seed};
 use tandem_types::{
-    Attempt, BLOCK_TOKENS, Choice, KvIdentity, LeaseId, Sampled, SamplingParams, StopRules, Time, Until, Usage,
-    attention_pairs, blocks_for,
+    Attempt, BLOCK_TOKENS, Choice, KvIdentity, LeaseId, Sampled, SamplingParams, StopRules, Time, Until,
+    Usage, attention_pairs, blocks_for,
 };
 
 use crate::twin::{DecodeJob, Happened, JobId, PromptJob, Shape};
@@ -43,8 +43,13 @@ fn lease(id: JobId) -> LeaseId {
 impl Real {
     /// An idle worker.
     pub fn new(pace: Pace, kv_tokens: u64) -> Real {
-        let config =
-            Config { token_budget: 1 << 24, rows_max: 1 << 20, depth: 0, context_tokens: u32::MAX };
+        let config = Config {
+            token_budget: 1 << 24,
+            rows_max: 1 << 20,
+            depth: 0,
+            context_tokens: u32::MAX,
+            answer_tokens: 0,
+        };
         let mut batcher = Batcher::new(config);
         batcher.set_pace(Some(pace));
         let kv = KvCache::new(tandem_kv_cache::Config {
@@ -79,7 +84,14 @@ impl Real {
         self.batcher.set_pace(Some(pace));
     }
 
-    fn spec(&self, id: JobId, tokens: u32, prompt_tokens: u32, until: Until, max_tokens: u32) -> SequenceSpec {
+    fn spec(
+        &self,
+        id: JobId,
+        tokens: u32,
+        prompt_tokens: u32,
+        until: Until,
+        max_tokens: u32,
+    ) -> SequenceSpec {
         SequenceSpec {
             id: SequenceId(u64::from(id)),
             tokens: vec![1; tokens as usize],

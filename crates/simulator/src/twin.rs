@@ -428,7 +428,10 @@ impl Twin {
         let rows: u32 = self.rows.iter().map(|row| row.room / BLOCK_TOKENS).sum();
         let held: u32 = self.held.values().sum();
         assert_eq!(self.blocks_used, rows + held, "blocks are counted");
-        assert!(self.as_reference || self.blocks_used <= self.blocks_total, "no more blocks are in use than exist");
+        assert!(
+            self.as_reference || self.blocks_used <= self.blocks_total,
+            "no more blocks are in use than exist"
+        );
         let context: u64 = self.rows.iter().map(|row| u64::from(row.job.tokens)).sum();
         assert_eq!(self.context, context, "context is counted");
     }

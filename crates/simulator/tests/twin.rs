@@ -37,11 +37,8 @@ fn workload() -> impl Strategy<Value = Workload> {
 }
 
 fn options() -> impl Strategy<Value = Options> {
-    let splits = prop_oneof![
-        Just(Split::Roles(1, 1)),
-        Just(Split::Roles(2, 1)),
-        (1..600u32).prop_map(Split::Mixed),
-    ];
+    let splits =
+        prop_oneof![Just(Split::Roles(1, 1)), Just(Split::Roles(2, 1)), (1..600u32).prop_map(Split::Mixed),];
     let policies = prop_oneof![Just("cost"), Just("least-loaded"), Just("round-robin")];
     let times = (20..400u64, 5..60u64, 0..300u32, 0..2u32, 0..3u32);
     (splits, policies, any::<bool>(), any::<bool>(), times).prop_map(

@@ -114,7 +114,8 @@ mod tests {
 
     #[test]
     fn a_step_costs_the_higher_line_and_its_attention() {
-        let close = |seconds: f64, ms: f64| assert!((seconds * 1e3 - ms).abs() < 0.02, "{seconds} s, {ms} ms");
+        let close =
+            |seconds: f64, ms: f64| assert!((seconds * 1e3 - ms).abs() < 0.02, "{seconds} s, {ms} ms");
         close(H200.step(1.0, 0.0, 2048.0), 5.17);
         close(H200.step(2048.0, attention_pairs(2048, 0), 0.0), 3.84 + 39.096 + 1.915);
         close(H200.prefill(1024, 1024, 2048), 1.92 + 19.548 + 0.913e-6 * (524_288.0 + 1_048_576.0));

@@ -25,6 +25,7 @@ impl Subject for WorkerSubject {
     fn state(&self) -> Value {
         let facts = process_facts();
         let identity = &self.identity;
+        let claims = self.shared.claims();
         self.shared.look(|core| {
             let (constants, load) = (core.constants(), core.load());
             let state = if self.shutdown.is_draining() { WorkerState::Draining } else { core.state() };
@@ -41,6 +42,7 @@ impl Subject for WorkerSubject {
                 "running": load.running,
                 "waiting": load.waiting,
                 "leases": load.leases,
+                "claims": claims,
                 "blocks": {
                     "total": load.blocks_total,
                     "free": load.blocks_free,
@@ -50,6 +52,7 @@ impl Subject for WorkerSubject {
                 "legs": core.leg_count(),
                 "cpu_seconds": facts.cpu_seconds,
                 "resident_bytes": facts.resident_bytes,
+                "tasks": facts.tasks,
                 "version": identity.version,
                 "kernel": identity.kernel,
                 "threads": identity.threads,

@@ -64,6 +64,19 @@ pub struct WorkerConfig {
     /// How KV travels: auto, or the name of one transport
     #[arg(long, default_value = "auto")]
     pub transport: String,
+    /// Certificate with its chain (PEM) that this worker shows where KV travels over tcp; given with the next two, all
+    /// of tcp is TLS and both ends show one
+    #[arg(long)]
+    pub transport_tls_cert: Option<PathBuf>,
+    /// Key of that certificate (PEM)
+    #[arg(long)]
+    pub transport_tls_key: Option<PathBuf>,
+    /// Authorities (PEM) whose certificates are believed
+    #[arg(long)]
+    pub transport_tls_ca: Option<PathBuf>,
+    /// Whether every page carries a checksum that its puller compares: on or off
+    #[arg(long, default_value = "on")]
+    pub checksums: Switch,
     /// Whether the numerics class of both ends of a hand-off must be equal: strict
     #[arg(long, default_value = "strict")]
     pub numerics: Numerics,
@@ -117,6 +130,10 @@ impl WorkerConfig {
         if self.token_budget == 0 || self.rows_max == 0 || self.legs_max == 0 {
             return Err("--token-budget, --rows-max and --legs-max must be at least 1".into());
         }
+        let tls = [&self.transport_tls_cert, &self.transport_tls_key, &self.transport_tls_ca];
+        if tls.iter().any(|file| file.is_some()) && tls.iter().any(|file| file.is_none()) {
+            return Err("--transport-tls-cert, --transport-tls-key and --transport-tls-ca go together".into());
+        }
         let known: Vec<&str> = tandem_kv_transfer::TRANSPORTS.iter().map(|row| row.name).collect();
         if self.transport != "auto" && !known.contains(&self.transport.as_str()) {
             return Err(format!(
@@ -126,6 +143,42 @@ impl WorkerConfig {
             ));
         }
         Ok(())
+    }
+}
+
+impl WorkerConfig {
+    /// What transports are made with. Reads the files that are named.
+    pub(crate) fn transport_options(&self) -> Result<tandem_kv_transfer::Options, String> {
+        let files = (&self.transport_tls_cert, &self.transport_tls_key, &self.transport_tls_ca);
+        let (Some(certificate), Some(key), Some(authority)) = files else {
+            return Ok(tandem_kv_transfer::Options::default());
+        };
+        let tls = tandem_kv_transfer::Tls::load(certificate, key, authority)
+            .map_err(|error| format!("TLS between workers: {error}"))?;
+        Ok(tandem_kv_transfer::Options { tls: Some(tls) })
+    }
+}
+
+/// On or off.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Switch {
+    /// It is done.
+    #[default]
+    On,
+    /// It is not.
+    Off,
+}
+
+impl std::str::FromStr for Switch {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Switch, String> {
+        match text {
+            "on" => Ok(Switch::On),
+            "off" => Ok(Switch::Off),
+            _ => Err(format!("{text:?} is neither on nor off")),
+        }
     }
 }
 
@@ -171,9 +224,26 @@ mod tests {
             "--kv-memory=1GiB",
             "--fake=paced:50ms,5ms,slow=2",
             "--transport=tcp",
+            "--transport-tls-cert=/c.pem",
+            "--transport-tls-key=/c.key",
+            "--transport-tls-ca=/ca.pem",
             "--leased-share=0.25",
             "--log=debug",
         ]);
+    }
+
+    #[test]
+    fn tls_that_cannot_be_had_is_not_left_out() {
+        let file = || Some("/nowhere/at/all".into());
+        let config = WorkerConfig {
+            transport_tls_cert: file(),
+            transport_tls_key: file(),
+            transport_tls_ca: file(),
+            ..WorkerConfig::defaults()
+        };
+        let refused = config.transport_options().err().expect("no such files");
+        assert!(refused.contains("/nowhere/at/all") || refused.contains("--features tls"), "{refused}");
+        assert!(WorkerConfig::defaults().transport_options().is_ok_and(|options| options.tls.is_none()));
     }
 
     #[test]
@@ -185,7 +255,8 @@ mod tests {
             (checked(|c| c.threads = Some(0)), "--threads"),
             (checked(|c| c.leased_share = 0.0), "--leased-share"),
             (checked(|c| c.rows_max = 0), "--rows-max"),
-            (checked(|c| c.transport = "pigeon".into()), "auto, inproc, tcp"),
+            (checked(|c| c.transport_tls_key = Some("k".into())), "go together"),
+            (checked(|c| c.transport = "pigeon".into()), "auto, inproc, shm, tcp"),
             ("mixed".parse::<Numerics>().map(|_| ()), "not in this version"),
         ] {
             assert!(refusal.as_ref().is_err_and(|said| said.contains(part)), "{part}: {refusal:?}");

@@ -7,8 +7,11 @@
 mod admin;
 mod config;
 mod core;
+mod faulty;
+mod fetch;
 mod lender;
 mod metrics;
+mod owners;
 mod pages;
 mod process;
 mod pull;
@@ -19,8 +22,8 @@ mod spans;
 mod step_loop;
 
 use std::net::{IpAddr, SocketAddr};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use tandem_batching::Batcher;
@@ -28,13 +31,14 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Capacity, Kind, Membership, Registration};
 use tandem_engine::{Engine, LoadError, Options};
 use tandem_kv_cache::KvCache;
-use tandem_kv_transfer::{Exported, TRANSPORTS};
+use tandem_kv_transfer::Exported;
 use tandem_proto::v1::lender_server::LenderServer;
 use tandem_proto::v1::worker_server::WorkerServer;
 use tandem_types::{BLOCK_TOKENS, Epoch, Incarnation, WorkerId, WorkerState};
-use tokio::net::TcpListener;
+use tokio::sync::Notify;
+use tokio::task::JoinHandle;
 
-pub use config::{Numerics, WorkerConfig};
+pub use config::{Numerics, Switch, WorkerConfig};
 pub use process::process_main;
 
 /// What a worker's options are made of, for services that fill them in.
@@ -98,10 +102,16 @@ pub struct Running {
     pub kernel: String,
     /// Threads that compute.
     pub threads: usize,
+    kv: Weak<tandem_memory::Region>,
     done: tokio::task::JoinHandle<()>,
 }
 
 impl Running {
+    /// Its KV memory, while it lives: to look at from outside.
+    pub fn kv_region(&self) -> Option<Arc<tandem_memory::Region>> {
+        self.kv.upgrade()
+    }
+
     /// Returns when the worker has stopped and given everything back.
     pub async fn join(self) {
         if let Err(error) = self.done.await
@@ -124,6 +134,7 @@ pub async fn start(
     progress: Progress,
 ) -> Result<Running, StartError> {
     config.check().map_err(StartError::Config)?;
+    let transports = config.transport_options().map_err(StartError::Config)?;
     // The admin port drains this worker alone; the process's own end comes from above.
     let process = shutdown;
     let shutdown = process.child();
@@ -143,7 +154,8 @@ pub async fn start(
     // filled before anybody can have a claim.
     let gate = Arc::new(lender::LateGate::default());
     let region = engine.kv_region();
-    let exports = export(&config, region.clone(), gate.clone(), incarnation).await?;
+    let kv = Arc::downgrade(&region);
+    let exports = export(&config, &transports, region.clone(), gate.clone(), incarnation).await?;
     let model = config.model_name.clone().unwrap_or_else(|| facts.model.clone());
     let constants = Constants {
         id: WorkerId(id.clone()),
@@ -157,7 +169,7 @@ pub async fn start(
         legs_max: config.legs_max,
         strict: config.numerics == Numerics::Strict,
     };
-    let kv = KvCache::new(tandem_kv_cache::Config {
+    let cache = KvCache::new(tandem_kv_cache::Config {
         pages: facts.pages,
         groups: facts.kv.len() as u32,
         leased_share: config.leased_share,
@@ -169,14 +181,16 @@ pub async fn start(
         rows_max: config.rows_max,
         depth: facts.depth,
         context_tokens: facts.context_tokens,
+        ..tandem_batching::Config::default()
     });
-    let core = Core::new(constants, config.role, kv, batcher, Box::new(seam::random_u128));
+    let core = Core::new(constants, config.role, cache, batcher, Box::new(seam::random_u128));
     let metrics = Arc::new(metrics::Metrics::new(&facts, &model));
     let pages = pages::PageMap::of(&*engine);
+    let checksums = config.checksums == Switch::On;
 
     let stopped = Arc::new(AtomicBool::new(false));
-    let (step_thread, shared, pull_commands) =
-        start_step_loop(&id, core, metrics, engine, config.fake.as_ref(), stopped.clone());
+    let (steps, shared, pull_commands) =
+        start_step_loop(&id, core, metrics, engine, &config, stopped.clone(), shutdown.clone());
     gate.fill(lender::LeaseGate { shared: shared.clone(), pages: pages.clone() });
 
     let identity = Arc::new(Identity {
@@ -187,9 +201,12 @@ pub async fn start(
         threads,
     });
     let tasks = Arc::new(Tasks::new());
-    let pulls = pull::Pulls::new(shared.clone(), region, pages, config.transport.clone());
+    let ways = pull::Ways { transport: config.transport.clone(), options: transports };
+    let pulls = pull::Pulls::new(shared.clone(), region.clone(), pages.clone(), ways, checksums);
     tasks.spawn(pulls.run(pull_commands, shutdown.clone()));
-    serve_grpc(grpc, &shared, &identity, &tasks, &shutdown);
+    let lender_service =
+        lender::LenderService { shared: shared.clone(), tasks: tasks.clone(), region, pages };
+    serve_grpc(grpc, &shared, &identity, &tasks, lender_service, &shutdown);
     let subject = Arc::new(admin::WorkerSubject {
         shared: shared.clone(),
         identity: identity.clone(),
@@ -236,11 +253,11 @@ pub async fn start(
         roles,
         exports,
         stopped,
-        step_thread,
+        steps,
         drain_timeout: config.drain_timeout.0,
     };
     let done = seam::spawn(end.wait());
-    Ok(Running { id, address, admin, kernel: facts.kernel, threads, done })
+    Ok(Running { id, address, admin, kernel: facts.kernel, threads, kv, done })
 }
 
 /// All cores but one for the network; at least one.
@@ -261,21 +278,25 @@ async fn load(
         kv_bytes: config.kv_memory.0,
         depth: 0,
         progress,
-        shared_memory: false,
+        shared_memory: tandem_kv_transfer::allowed(&config.transport).any(|row| row.shared_memory),
     };
     let fake = config.fake.clone();
+    let load = move || match fake {
+        Some(spec) => tandem_engine::fake::fake(spec, &dir, options),
+        None => tandem_engine::load(&dir, options),
+    };
+    if seam::simulated() {
+        // Virtual time would not wait for a thread.
+        return Ok(load()?);
+    }
     let (send, loaded) = tokio::sync::oneshot::channel();
     seam::thread("load", move || {
-        let engine = match fake {
-            Some(spec) => tandem_engine::fake::fake(spec, &dir, options),
-            None => tandem_engine::load(&dir, options),
-        };
-        let _ = send.send(engine);
+        let _ = send.send(load());
     });
     Ok(loaded.await.map_err(|_| StartError::Config("loading the model panicked; see the log".into()))??)
 }
 
-async fn listen(bind: IpAddr, port: u16) -> Result<(TcpListener, SocketAddr), StartError> {
+async fn listen(bind: IpAddr, port: u16) -> Result<(seam::Listener, SocketAddr), StartError> {
     let address = SocketAddr::new(bind, port);
     let failed = |source| StartError::Listen { address, source };
     let listener = seam::listen(address).await.map_err(failed)?;
@@ -295,56 +316,112 @@ fn advertised_host(config: &WorkerConfig) -> String {
 
 async fn export(
     config: &WorkerConfig,
+    options: &tandem_kv_transfer::Options,
     region: Arc<tandem_memory::Region>,
     gate: Arc<lender::LateGate>,
     incarnation: Incarnation,
 ) -> Result<Vec<Exported>, StartError> {
     let mut exports = Vec::new();
-    for row in TRANSPORTS {
-        if config.transport != "auto" && config.transport != row.name {
-            continue;
+    for row in tandem_kv_transfer::allowed(&config.transport) {
+        match (row.make)(options).export(region.clone(), gate.clone(), incarnation, config.bind).await {
+            Ok(mut exported) => {
+                exported.advertise(&advertised_host(config));
+                exports.push(exported);
+            }
+            // What was asked for by its name is not left out.
+            Err(error) if config.transport == row.name => return Err(StartError::Export(error.to_string())),
+            Err(error) => tracing::warn!(%error, "the KV memory cannot be reached this way"),
         }
-        let exported = (row.make)().export(region.clone(), gate.clone(), incarnation, config.bind).await;
-        let mut exported = exported.map_err(|error| StartError::Export(format!("{}: {error}", row.name)))?;
-        exported.advertise(&advertised_host(config));
-        exports.push(exported);
     }
     if exports.is_empty() {
-        return Err(StartError::Export(format!("no transport is called {:?}", config.transport)));
+        return Err(StartError::Export(format!("no transport works here for {:?}", config.transport)));
     }
     Ok(exports)
 }
 
-type StepThread =
-    (std::thread::JoinHandle<()>, Arc<Shared>, tokio::sync::mpsc::UnboundedReceiver<shared::PullCommand>);
+/// Who turns the step loop.
+enum Driver {
+    Thread(std::thread::JoinHandle<()>),
+    /// In a simulated world.
+    Task(JoinHandle<()>, Arc<Notify>),
+}
 
-/// The thread that turns the step loop; it is woken by everything that changes the state.
+impl Driver {
+    /// Waits for the loop, which has been told to stop. An error is its panic.
+    async fn join(self) -> std::thread::Result<()> {
+        match self {
+            Driver::Thread(thread) => {
+                thread.thread().unpark();
+                let joined = tokio::task::spawn_blocking(move || thread.join()).await;
+                joined.expect("waiting for a thread does not panic")
+            }
+            Driver::Task(task, wake) => {
+                wake.notify_one();
+                task.await.map_err(|error| match error.try_into_panic() {
+                    Ok(panic) => panic,
+                    Err(cancelled) => Box::new(cancelled.to_string()),
+                })
+            }
+        }
+    }
+}
+
+/// Without its step loop a worker can neither finish nor free anything: with the loop it ends, loudly.
+struct EndsWorker(Shutdown);
+
+impl Drop for EndsWorker {
+    fn drop(&mut self) {
+        self.0.stop();
+    }
+}
+
+type Started = (Driver, Arc<Shared>, tokio::sync::mpsc::UnboundedReceiver<shared::PullCommand>);
+
+/// Starts the step loop; it is woken by everything that changes the state.
 fn start_step_loop(
     id: &str,
     core: Core,
     metrics: Arc<metrics::Metrics>,
     engine: Box<dyn Engine>,
-    fake: Option<&tandem_engine::fake::FakeSpec>,
+    config: &WorkerConfig,
     stopped: Arc<AtomicBool>,
-) -> StepThread {
+    shutdown: Shutdown,
+) -> Started {
+    let refuses = config.fake.as_ref().map(shared::Refuses::new);
+    let checksums = config.checksums == Switch::On;
+    let ends = EndsWorker(shutdown);
+    if seam::simulated() {
+        let wake = Arc::new(Notify::new());
+        let woken = wake.clone();
+        let (shared, pulls) = Shared::new(core, metrics, refuses, Box::new(move || woken.notify_one()));
+        let engine = Box::new(faulty::FaultyEngine::new(engine, id));
+        let steps = step_loop::StepLoop::new(shared.clone(), engine, checksums);
+        let woken = wake.clone();
+        let task = seam::spawn(async move {
+            let _ends = ends;
+            step_loop::drive_in_virtual_time(steps, &stopped, &woken).await;
+        });
+        return (Driver::Task(task, wake), shared, pulls);
+    }
     let (send, receive) = std::sync::mpsc::channel::<step_loop::StepLoop>();
     let thread = seam::thread(&format!("step-{id}"), move || {
+        let _ends = ends;
         if let Ok(steps) = receive.recv() {
             step_loop::drive(steps, &stopped);
         }
     });
     let parked = thread.thread().clone();
-    let refuses = fake.map(shared::Refuses::new);
     let (shared, pulls) = Shared::new(core, metrics, refuses, Box::new(move || parked.unpark()));
-    let _ = send.send(step_loop::StepLoop::new(shared.clone(), engine));
-    (thread, shared, pulls)
+    let _ = send.send(step_loop::StepLoop::new(shared.clone(), engine, checksums));
+    (Driver::Thread(thread), shared, pulls)
 }
 
 fn serve_grpc(
-    listener: TcpListener,
+    listener: seam::Listener,
     shared: &Arc<Shared>,
     identity: &Arc<Identity>,
     tasks: &Arc<Tasks>,
+    lender: lender::LenderService,
     shutdown: &Shutdown,
 ) {
     let drain = shutdown.clone();
@@ -354,9 +431,8 @@ fn serve_grpc(
         tasks: tasks.clone(),
         shutdown: drain,
     };
-    let lender = lender::LenderService { shared: shared.clone(), tasks: tasks.clone() };
     let stop = shutdown.clone();
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = tandem_chassis::grpc::incoming(listener);
     let server = tonic::transport::Server::builder()
         .initial_stream_window_size(1 << 20)
         .initial_connection_window_size(4 << 20)
@@ -383,18 +459,21 @@ struct End {
     roles: tokio::task::JoinHandle<()>,
     exports: Vec<Exported>,
     stopped: Arc<AtomicBool>,
-    step_thread: std::thread::JoinHandle<()>,
+    steps: Driver,
     drain_timeout: Duration,
 }
 
 impl End {
     /// Waits for the process's end, then for running work, then takes everything down.
     async fn wait(self) {
-        self.process.draining().await;
+        tokio::select! {
+            () = self.process.draining() => {}
+            () = self.shutdown.stopped() => {}
+        }
         tokio::select! {
             () = self.idle() => {}
             () = seam::sleep(self.drain_timeout) => tracing::warn!("requests were cut by the drain time-out"),
-            () = self.process.stopped() => {}
+            () = self.shutdown.stopped() => {}
         }
         self.shutdown.stop();
         let _ = self.roles.await;
@@ -402,8 +481,9 @@ impl End {
         self.tasks.shutdown(Duration::from_secs(2)).await;
         drop(self.exports);
         self.stopped.store(true, Ordering::Release);
-        self.step_thread.thread().unpark();
-        let _ = tokio::task::spawn_blocking(move || self.step_thread.join()).await;
+        if let Err(panic) = self.steps.join().await {
+            std::panic::resume_unwind(panic);
+        }
     }
 
     /// Until no leg is left.

@@ -30,6 +30,12 @@ pub(crate) struct Metrics {
     transfer_bytes: IntCounterVec,
     transfer_seconds: HistogramVec,
     transfer_failures: IntCounterVec,
+    connections: IntCounterVec,
+    quarantined: IntGaugeVec,
+    exposed_seconds: HistogramVec,
+    exposed_bytes: IntCounterVec,
+    corrupt: IntCounterVec,
+    borrowed: IntCounterVec,
     role_switches: IntCounterVec,
 }
 
@@ -96,7 +102,7 @@ impl Metrics {
             ),
             transfer_seconds: ours.histogram(
                 "tandem_kv_transfer_seconds",
-                "from a claim to the verdict",
+                "time in which the bytes of a pull were moving",
                 &["transport"],
                 metrics::STEP_SECONDS,
             ),
@@ -104,6 +110,53 @@ impl Metrics {
                 "tandem_kv_transfer_failures_total",
                 "hand-offs that were not taken over",
                 &["reason"],
+            ),
+            connections: {
+                let connections = ours.counter(
+                    "tandem_kv_transfer_connections_total",
+                    "connections made to other workers' memory",
+                    &["transport"],
+                );
+                for row in tandem_kv_transfer::TRANSPORTS {
+                    connections.with_label_values(&[row.name]);
+                }
+                connections
+            },
+            quarantined: {
+                let quarantined = ours.gauge(
+                    "tandem_kv_quarantined_bytes",
+                    "bytes of this pool that a transport may still write to after its pull has ended",
+                    &[],
+                );
+                quarantined.with_label_values::<&str>(&[]);
+                quarantined
+            },
+            exposed_seconds: ours.histogram(
+                "tandem_kv_transfer_exposed_seconds",
+                "of a hand-off, from its seal to the verdict: what prefill does not hide",
+                &["transport"],
+                metrics::STEP_SECONDS,
+            ),
+            exposed_bytes: ours.counter(
+                "tandem_kv_transfer_exposed_bytes_total",
+                "bytes of KV pulled after the seal",
+                &["transport"],
+            ),
+            corrupt: {
+                let corrupt = ours.counter(
+                    "tandem_kv_checksum_failures_total",
+                    "checksums that did not match: of a pull (transfer), or of a page in this pool (pool)",
+                    &["where"],
+                );
+                for place in ["transfer", "pool"] {
+                    corrupt.with_label_values(&[place]);
+                }
+                corrupt
+            },
+            borrowed: ours.counter(
+                "tandem_prefix_borrowed_tokens_total",
+                "prompt tokens taken from other workers' prefix caches",
+                &[],
             ),
             role_switches: ours.counter("tandem_role_switches_total", "role changes", &["from", "to"]),
             registry,
@@ -153,6 +206,32 @@ impl Metrics {
     pub(crate) fn observe_transfer(&self, transport: &str, bytes: u64, took: Duration) {
         self.transfer_bytes.with_label_values(&[transport, "in"]).inc_by(bytes);
         self.transfer_seconds.with_label_values(&[transport]).observe(took.as_secs_f64());
+    }
+
+    /// Another worker's memory is within reach.
+    pub(crate) fn observe_connection(&self, transport: &str) {
+        self.connections.with_label_values(&[transport]).inc();
+    }
+
+    /// So many bytes went into quarantine, or came out of it.
+    pub(crate) fn observe_quarantined(&self, bytes: i64) {
+        self.quarantined.with_label_values::<&str>(&[]).add(bytes);
+    }
+
+    /// A hand-off was taken over so long after its seal, with so many bytes of it pulled by then.
+    pub(crate) fn observe_exposed(&self, transport: &str, bytes: u64, took: Duration) {
+        self.exposed_bytes.with_label_values(&[transport]).inc_by(bytes);
+        self.exposed_seconds.with_label_values(&[transport]).observe(took.as_secs_f64());
+    }
+
+    /// Checksums did not match.
+    pub(crate) fn observe_corrupt(&self, place: &str, count: u64) {
+        self.corrupt.with_label_values(&[place]).inc_by(count);
+    }
+
+    /// A prefix came from another worker's cache.
+    pub(crate) fn observe_borrowed(&self, tokens: u32) {
+        self.borrowed.with_label_values::<&str>(&[]).inc_by(u64::from(tokens));
     }
 
     pub(crate) fn observe_transfer_failure(&self, reason: &str) {

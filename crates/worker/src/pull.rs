@@ -1,61 +1,61 @@
-//! Carries out pulls: follows the owner, moves bytes, asks for the verdict. What to do next is `Puller`'s to say.
+//! All pulls of a worker: whom they reach and how, how they are stopped, and that each reports its end once.
 
 use std::collections::HashMap;
-use std::future::Future;
-use std::ops::Range;
-use std::pin::Pin;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use futures_util::stream::FuturesUnordered;
 use tandem_batching::SequenceId;
 use tandem_chassis::{Shutdown, seam};
-use tandem_kv_cache::{FirstTokenBundle, GiveUp, PullAction, PullEvent, Puller, Verdict};
-use tandem_kv_transfer::{Buffers, Completion, Peer, Pull, connect_best};
+use tandem_kv_transfer::{Buffers, connect_best};
 use tandem_memory::Region;
+use tandem_proto::v1;
 use tandem_proto::v1::lender_client::LenderClient;
-use tandem_proto::v1::{self, follow_event, follow_request};
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
-use tandem_types::{ClaimId, Handle, Incarnation, PageRef, Time, WorkerId};
+use tandem_types::{BlockHash, Handle, PageRef, Time};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::JoinSet;
-use tonic::transport::{Channel, Endpoint};
+use tonic::transport::Channel;
 
-use crate::core::{PullFailure, PullOrder};
-use crate::lender::{FOLLOW_BEAT, FOLLOW_SILENCE_MAX};
+use crate::core::{Holder, PullFailure, PullOrder, PullSource};
+use crate::fetch::{Fetching, Taken};
+use crate::owners::{Memory, Owners, Source};
 use crate::pages::PageMap;
 use crate::shared::{PullCommand, Shared};
 
 /// Time for a connection to an owner, or for its answer to a question.
-const CALL_MAX: Duration = Duration::from_secs(2);
-/// Owners whose connections are kept.
-const OWNERS_MAX: usize = 256;
+pub(crate) const CALL_MAX: Duration = Duration::from_secs(2);
 
 /// Owns every pull of this worker.
 pub(crate) struct Pulls {
     context: Arc<Context>,
 }
 
-struct Context {
-    shared: Arc<Shared>,
-    region: Arc<Region>,
-    pages: PageMap,
-    transport: String,
-    owners: Mutex<HashMap<(WorkerId, Incarnation), Owner>>,
+pub(crate) struct Context {
+    pub(crate) shared: Arc<Shared>,
+    pub(crate) region: Arc<Region>,
+    pub(crate) pages: PageMap,
+    /// Whether bytes are checked against the owner's checksums.
+    pub(crate) checksums: bool,
+    ways: Ways,
+    owners: Owners,
 }
 
-/// Connections to one start of an owner.
-#[derive(Clone)]
-struct Owner {
-    lender: LenderClient<Channel>,
-    transport: &'static str,
-    peer: Arc<dyn Peer>,
+/// How owners may be reached: `auto` or one transport's name, and what transports are made with.
+pub(crate) struct Ways {
+    pub(crate) transport: String,
+    pub(crate) options: tandem_kv_transfer::Options,
 }
 
 impl Pulls {
-    pub(crate) fn new(shared: Arc<Shared>, region: Arc<Region>, pages: PageMap, transport: String) -> Pulls {
-        Pulls { context: Arc::new(Context { shared, region, pages, transport, owners: Mutex::default() }) }
+    pub(crate) fn new(
+        shared: Arc<Shared>,
+        region: Arc<Region>,
+        pages: PageMap,
+        ways: Ways,
+        checksums: bool,
+    ) -> Pulls {
+        let owners = Owners::default();
+        Pulls { context: Arc::new(Context { shared, region, pages, checksums, ways, owners }) }
     }
 
     /// Runs until `shutdown` stops; then every pull is dropped, and with it everything that could write.
@@ -95,10 +95,13 @@ struct Report {
 }
 
 impl Report {
-    fn delivered(mut self, tokens: u32, bundle: FirstTokenBundle) {
+    fn delivered(mut self, taken: Taken) {
         self.done = true;
         let sequence = self.sequence;
-        self.shared.change(|core, now| core.pull_done(sequence, tokens, bundle, now));
+        self.shared.change(|core, now| {
+            core.note_transfer(sequence, taken.transfer);
+            core.pull_done(sequence, taken.tokens, taken.bundle, taken.sums, now);
+        });
     }
 
     fn failed(&mut self, failure: PullFailure) {
@@ -120,35 +123,82 @@ impl Context {
     async fn pull(self: Arc<Self>, order: Box<PullOrder>, stopped: oneshot::Receiver<()>) -> SequenceId {
         let sequence = order.sequence;
         let mut report = Report { shared: self.shared.clone(), sequence, done: false };
-        let began = seam::now();
         let outcome = tokio::select! {
             biased;
-            outcome = self.take_over(&order) => outcome,
+            outcome = self.bring(&order) => outcome,
             _ = stopped => Err(PullFailure::Transfer("cancelled".into())),
         };
         match outcome {
-            Ok(Taken { tokens, bundle, transport, bytes }) => {
-                self.shared.metrics.observe_transfer(transport, bytes, seam::now().since(began));
-                report.delivered(tokens, bundle);
+            Ok(taken) => {
+                let metrics = &self.shared.metrics;
+                let moved = taken.transfer;
+                metrics.observe_transfer(taken.transport, moved.bytes, moved.busy);
+                match order.source {
+                    PullSource::Handle(_) => {
+                        metrics.observe_exposed(taken.transport, moved.exposed_bytes, moved.exposed);
+                    }
+                    PullSource::Holder { .. } => metrics.observe_borrowed(taken.tokens),
+                }
+                report.delivered(taken);
             }
             Err(failure) => {
                 self.shared.metrics.observe_transfer_failure(failure.word());
-                tracing::debug!(request = order.request_name, owner = %order.handle.owner, ?failure, "no hand-off");
+                let source = Source::of(&order.source);
+                tracing::debug!(request = order.request_name, owner = %source.worker, ?failure, "no hand-off");
                 report.failed(failure);
             }
         }
         sequence
     }
 
-    async fn take_over(&self, order: &PullOrder) -> Result<Taken, PullFailure> {
-        self.check_compatible(&order.handle)?;
-        let owner = self.reach(&order.handle).await?;
-        let result = self.follow(order, &owner).await;
+    async fn bring(&self, order: &PullOrder) -> Result<Taken, PullFailure> {
+        let source = Source::of(&order.source);
+        let result = async {
+            let channel = self.owners.lender(&source).await?;
+            let handle = match &order.source {
+                PullSource::Handle(handle) => handle.clone(),
+                PullSource::Holder { holder, hashes } => {
+                    self.borrow(channel.clone(), holder, hashes, order.deadline).await?
+                }
+            };
+            self.check_compatible(&handle)?;
+            let (transport, peer) = self.connect(&source, &handle).await?;
+            Fetching::begin(self, order, &handle, channel, transport, peer).await?.run().await
+        };
+        let result = result.await;
         if !matches!(result, Ok(_) | Err(PullFailure::Done | PullFailure::Superseded)) {
             // Whatever is wrong with the connection, the next pull begins with a new one.
-            self.forget(&order.handle);
+            self.owners.forget(&source);
         }
         result
+    }
+
+    /// Asks a holder for blocks: a handle to what it has of them.
+    async fn borrow(
+        &self,
+        mut lender: LenderClient<Channel>,
+        holder: &Holder,
+        hashes: &[BlockHash],
+        deadline: Time,
+    ) -> Result<Handle, PullFailure> {
+        let constants = self.shared.look(|core| core.constants().clone());
+        let request = v1::LendRequest {
+            incarnation: holder.incarnation.0,
+            borrower: constants.id.0.clone(),
+            identity: Some((&constants.identity).into()),
+            hashes: hashes.iter().map(|hash| convert::id128(hash.0)).collect(),
+            remaining_ms: deadline.remaining(seam::now()).as_millis().min(u128::from(u32::MAX)) as u32,
+            protocol_min: PROTOCOL_MIN,
+            protocol_max: PROTOCOL_MAX,
+        };
+        let unreachable = |why: &str| PullFailure::Unreachable(format!("{}: {why}", holder.worker));
+        let reply = seam::timeout(CALL_MAX, lender.lend(request)).await;
+        let reply = reply
+            .map_err(|_| unreachable("no answer to the question for a prefix"))?
+            .map_err(|status| unreachable(status.message()))?
+            .into_inner();
+        let handle = reply.handle.ok_or_else(|| PullFailure::Lost("the holder has nothing of it".into()))?;
+        Handle::try_from(&handle).map_err(|error| PullFailure::Incompatible(error.to_string()))
     }
 
     /// Equal identities, equal forms: a raw copy. Anything else is refused in a sentence before a byte moves.
@@ -173,111 +223,22 @@ impl Context {
         Ok(())
     }
 
-    /// Connections to the owner, kept for the next pull from it.
-    async fn reach(&self, handle: &Handle) -> Result<Owner, PullFailure> {
-        let key = (handle.owner.clone(), handle.incarnation);
-        let unreachable = |why: String| PullFailure::Unreachable(format!("{}: {why}", handle.owner));
-        if let Some(owner) = self.owners.lock().expect("nothing panics under this lock").get(&key) {
-            return Ok(owner.clone());
+    /// The best way to the owner's memory, kept likewise.
+    async fn connect(&self, source: &Source, handle: &Handle) -> Result<Memory, PullFailure> {
+        if let Some(memory) = self.owners.memory(source) {
+            return Ok(memory);
         }
-        let endpoint = Endpoint::from_shared(format!("http://{}", handle.lender))
-            .map_err(|e| unreachable(e.to_string()))?
-            .connect_timeout(CALL_MAX)
-            .tcp_nodelay(true);
-        let channel = endpoint.connect().await.map_err(|e| unreachable(format!("{}: {e}", handle.lender)))?;
-        let deadline = seam::now() + CALL_MAX;
-        let connected = connect_best(&handle.exports, &self.transport, deadline).await;
-        let (transport, peer) = connected.map_err(|e| unreachable(e.to_string()))?;
-        let owner = Owner { lender: LenderClient::new(channel), transport, peer };
-        let mut owners = self.owners.lock().expect("nothing panics under this lock");
-        if owners.len() >= OWNERS_MAX {
-            owners.clear();
-        }
-        // An earlier start of the same worker is gone for good.
-        owners.retain(|(worker, incarnation), _| *worker != key.0 || *incarnation == key.1);
-        owners.insert(key, owner.clone());
-        Ok(owner)
-    }
-
-    fn forget(&self, handle: &Handle) {
-        let key = (handle.owner.clone(), handle.incarnation);
-        self.owners.lock().expect("nothing panics under this lock").remove(&key);
-    }
-
-    async fn follow(&self, order: &PullOrder, owner: &Owner) -> Result<Taken, PullFailure> {
-        let blocks = order.handle.groups.first().map_or(0, |group| group.pages.len() as u32);
-        let even = order.handle.groups.iter().all(|group| group.pages.len() as u32 == blocks);
-        if blocks == 0 || !even || order.handle.groups.len() != order.local.len() {
-            return Err(PullFailure::Incompatible("the handle's groups are not this worker's".into()));
-        }
-        let mut puller = Puller::new(order.local.len() as u32, blocks, order.skip_blocks);
-        let mut events = Follow::open(owner.lender.clone(), order).await?;
-        let mut pulls: FuturesUnordered<PullFuture<'_>> = FuturesUnordered::new();
-        let mut verdict: Option<VerdictFuture> = None;
-        let mut bytes = 0;
-        loop {
-            while let Some(action) = puller.next_action() {
-                match action {
-                    PullAction::Pull { id, claim, blocks } => {
-                        pulls.push(Box::pin(self.pull_blocks(order, owner, id, claim, blocks)));
-                    }
-                    PullAction::AskVerdict(claim) => {
-                        verdict = Some(Box::pin(ask(owner.lender.clone(), order, claim)))
-                    }
-                    PullAction::Deliver { tokens, bundle } => {
-                        return Ok(Taken { tokens, bundle, transport: owner.transport, bytes });
-                    }
-                    PullAction::GiveUp(why) => return Err(why.into()),
-                }
-            }
-            let event = tokio::select! {
-                biased;
-                Some((id, completion)) = pulls.next(), if !pulls.is_empty() => {
-                    let Completion { bytes: arrived, buffers } = completion;
-                    self.quarantine(order, buffers);
-                    match arrived {
-                        Ok(arrived) => {
-                            bytes += arrived;
-                            PullEvent::Arrived(id)
-                        }
-                        Err(error) => PullEvent::Broken(id, error.to_string()),
-                    }
-                }
-                answer = of(&mut verdict) => {
-                    verdict = None;
-                    answer
-                }
-                event = events.next() => event,
-                () = seam::sleep_until(order.deadline) => PullEvent::Deadline,
-            };
-            puller.on(event);
-        }
-    }
-
-    async fn pull_blocks(
-        &self,
-        order: &PullOrder,
-        owner: &Owner,
-        id: u64,
-        claim: ClaimId,
-        blocks: Range<u32>,
-    ) -> (u64, Completion) {
-        let mut remote = Vec::new();
-        let mut local_offsets = Vec::new();
-        for (group, (theirs, ours)) in order.handle.groups.iter().zip(&order.local).enumerate() {
-            let pages = |list: &[PageRef]| list[blocks.start as usize..blocks.end as usize].to_vec();
-            for (theirs, ours) in pages(&theirs.pages).into_iter().zip(pages(ours)) {
-                // Equal forms lie equally in their regions; how long the owner's is, its transport checks.
-                remote.push(self.pages.place(group as u32, theirs.page));
-                local_offsets.push(self.pages.place(group as u32, ours.page).offset);
-            }
-        }
-        let local = self.region.clone();
-        (id, owner.peer.pull(Pull { claim, remote, local, local_offsets, deadline: order.deadline }).await)
+        let connected =
+            connect_best(&handle.exports, &self.ways.transport, &self.ways.options, seam::now() + CALL_MAX)
+                .await;
+        let memory = connected.map_err(|e| PullFailure::Unreachable(format!("{}: {e}", source.worker)))?;
+        self.shared.metrics.observe_connection(memory.0);
+        self.owners.keep_memory(source, &memory);
+        Ok(memory)
     }
 
     /// Pages that a backend may still write to stay in use until it has let go of them.
-    fn quarantine(&self, order: &PullOrder, buffers: Buffers) {
+    pub(crate) fn quarantine(&self, order: &PullOrder, buffers: Buffers) {
         let Buffers::Quarantined(released) = buffers else { return };
         let pages: Vec<(u32, PageRef)> = order
             .local
@@ -285,171 +246,16 @@ impl Context {
             .enumerate()
             .flat_map(|(group, pages)| pages.iter().map(move |&page| (group as u32, page)))
             .collect();
+        let bytes: u64 = pages.iter().map(|(group, page)| self.pages.place(*group, page.page).len).sum();
+        let bytes = i64::try_from(bytes).unwrap_or(i64::MAX);
+        self.shared.metrics.observe_quarantined(bytes);
         let hold = self.shared.change(|core, _| core.kv().hold(pages.into_iter()));
         let shared = self.shared.clone();
         // Owned by nobody on purpose: it ends with the backend's endpoint, which outlives this worker's tasks.
         seam::spawn(async move {
             released.await;
             shared.change(|core, _| core.kv().release(hold));
+            shared.metrics.observe_quarantined(-bytes);
         });
-    }
-}
-
-/// What a pull brought.
-struct Taken {
-    tokens: u32,
-    bundle: FirstTokenBundle,
-    transport: &'static str,
-    bytes: u64,
-}
-
-type PullFuture<'a> = Pin<Box<dyn Future<Output = (u64, Completion)> + Send + 'a>>;
-type VerdictFuture = Pin<Box<dyn Future<Output = PullEvent> + Send>>;
-
-/// The answer of a question that may not have been asked: then never.
-async fn of(verdict: &mut Option<VerdictFuture>) -> PullEvent {
-    match verdict {
-        Some(answer) => answer.await,
-        None => std::future::pending().await,
-    }
-}
-
-/// Asks for the verdict, again if the answer is lost on the way: the owner remembers it.
-fn ask(
-    mut lender: LenderClient<Channel>,
-    order: &PullOrder,
-    claim: ClaimId,
-) -> impl Future<Output = PullEvent> + Send + use<> {
-    let request = v1::EndRequest {
-        lease: convert::id128(order.handle.lease.0),
-        claim: convert::id128(claim.0),
-        incarnation: order.handle.incarnation.0,
-        complete: true,
-    };
-    async move {
-        let mut why = String::new();
-        for _ in 0..2 {
-            match seam::timeout(CALL_MAX, lender.end(request.clone())).await {
-                Ok(Ok(reply)) => {
-                    return PullEvent::Verdict(match reply.into_inner().verdict() {
-                        v1::Verdict::Held => Verdict::Held,
-                        v1::Verdict::Superseded => Verdict::Superseded,
-                        v1::Verdict::Lost | v1::Verdict::Unspecified => Verdict::Lost,
-                    });
-                }
-                Ok(Err(status)) => why = status.message().to_owned(),
-                Err(_) => why = "no answer".to_owned(),
-            }
-        }
-        PullEvent::NoVerdict(why)
-    }
-}
-
-/// The Follow stream of one claim, with our beats on it.
-struct Follow {
-    inbound: tonic::Streaming<v1::FollowEvent>,
-    outbound: mpsc::Sender<v1::FollowRequest>,
-    beats: seam::Interval,
-    heard: Time,
-}
-
-impl Follow {
-    async fn open(mut lender: LenderClient<Channel>, order: &PullOrder) -> Result<Follow, PullFailure> {
-        let handle = &order.handle;
-        let claim = v1::Claim {
-            lease: convert::id128(handle.lease.0),
-            incarnation: handle.incarnation.0,
-            attempt: order.attempt.0,
-            puller: String::new(),
-            identity: Some((&handle.identity).into()),
-            form: Some((&handle.form).into()),
-            protocol_min: PROTOCOL_MIN,
-            protocol_max: PROTOCOL_MAX,
-            traceparent: order.traceparent.clone().unwrap_or_default(),
-        };
-        let (outbound, requests) = mpsc::channel(4);
-        let first = v1::FollowRequest { message: Some(follow_request::Message::Claim(claim)) };
-        outbound.try_send(first).expect("the channel is new");
-        let requests = tokio_stream::wrappers::ReceiverStream::new(requests);
-        let unreachable = |why: &str| PullFailure::Unreachable(format!("{}: {why}", handle.owner));
-        let opened = seam::timeout(CALL_MAX, lender.follow(requests)).await;
-        let inbound = opened
-            .map_err(|_| unreachable("no answer to the claim"))?
-            .map_err(|status| unreachable(status.message()))?
-            .into_inner();
-        Ok(Follow { inbound, outbound, beats: seam::interval(FOLLOW_BEAT), heard: seam::now() })
-    }
-
-    /// What the owner says next, or that it says nothing any more.
-    async fn next(&mut self) -> PullEvent {
-        loop {
-            tokio::select! {
-                message = self.inbound.message() => {
-                    self.heard = seam::now();
-                    match message {
-                        Ok(Some(v1::FollowEvent { event: Some(event) })) => match read(event) {
-                            Some(event) => return event,
-                            None => continue,
-                        },
-                        Ok(Some(_)) => {}
-                        Ok(None) => return closed(self, "the owner closed the stream").await,
-                        Err(status) => return closed(self, status.message()).await,
-                    }
-                }
-                () = self.beats.tick() => {
-                    if seam::now().since(self.heard) > FOLLOW_SILENCE_MAX {
-                        return PullEvent::StreamClosed("the owner is silent".into());
-                    }
-                    let beat = v1::FollowRequest {
-                        message: Some(follow_request::Message::Beat(v1::FollowBeat {})),
-                    };
-                    let _ = self.outbound.try_send(beat);
-                }
-            }
-        }
-    }
-}
-
-/// A closed stream is said once; after that there is nothing to hear.
-async fn closed(follow: &mut Follow, why: &str) -> PullEvent {
-    if follow.outbound.is_closed() && follow.heard == Time::MAX {
-        return std::future::pending().await;
-    }
-    follow.heard = Time::MAX;
-    PullEvent::StreamClosed(why.to_owned())
-}
-
-fn read(event: follow_event::Event) -> Option<PullEvent> {
-    use follow_event::Event;
-    Some(match event {
-        Event::Claimed(claimed) => {
-            PullEvent::Claimed(ClaimId(convert::read_id128("Claimed.claim", &claimed.claim).ok()?))
-        }
-        Event::Ready(v1::Ready { group, first, count, .. }) => PullEvent::Ready { group, first, count },
-        Event::Sealed(v1::Sealed { tokens, first_token }) => {
-            let first = first_token?;
-            let bundle = FirstTokenBundle {
-                sampled: convert::sampled(first.token, first.logprob.as_ref()),
-                usage: first.usage.as_ref().map(Into::into).unwrap_or_default(),
-            };
-            PullEvent::Sealed { tokens, bundle }
-        }
-        Event::Beat(_) => return None,
-        Event::Done(_) => PullEvent::Done,
-        Event::Superseded(_) => PullEvent::Superseded,
-        Event::Lost(lost) => PullEvent::Lost(lost.message),
-    })
-}
-
-impl From<GiveUp> for PullFailure {
-    fn from(why: GiveUp) -> PullFailure {
-        match why {
-            GiveUp::Done => PullFailure::Done,
-            GiveUp::Superseded => PullFailure::Superseded,
-            GiveUp::Lost(why) => PullFailure::Lost(why),
-            GiveUp::Transfer(why) => PullFailure::Transfer(why),
-            GiveUp::OwnerUnreachable(why) => PullFailure::Unreachable(why),
-            GiveUp::Deadline => PullFailure::Transfer("the request's deadline has passed".into()),
-        }
     }
 }

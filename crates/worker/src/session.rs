@@ -4,10 +4,10 @@ use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use futures_util::{Stream, StreamExt};
-use tandem_chassis::{Shutdown, Tasks, seam};
+use futures_util::{Stream, StreamExt, TryStreamExt};
+use tandem_chassis::{Shutdown, Tasks, fail, seam};
 use tandem_proto::v1::{self, to_worker};
-use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, convert};
+use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence, convert};
 use tandem_types::{LeaseId, Time};
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -41,8 +41,9 @@ impl v1::worker_server::Worker for SessionService {
         &self,
         request: Request<Streaming<v1::ToWorker>>,
     ) -> Result<Response<Self::SessionStream>, Status> {
-        let mut inbound = request.into_inner();
-        let first = seam::timeout(SILENCE_MAX, inbound.message())
+        let own = self.shared.look(|core| core.constants().id.0.clone());
+        let mut inbound = fail::through(request.into_inner(), &own, fail_point);
+        let first = seam::timeout(SILENCE_MAX, inbound.try_next())
             .await
             .map_err(|_| Status::deadline_exceeded("no hello came"))??;
         let Some(to_worker::Message::Hello(hello)) = first.and_then(|m| m.message) else {
@@ -154,16 +155,24 @@ async fn serve_session(
     shared: Arc<Shared>,
     session: SessionId,
     router: String,
-    mut inbound: Streaming<v1::ToWorker>,
+    mut inbound: impl Stream<Item = Result<v1::ToWorker, Status>> + Unpin,
     frames: mpsc::Sender<v1::from_worker::Message>,
 ) {
+    let open = OpenSession { shared: &shared, session };
     let mut beats = seam::interval(BEAT);
     let mut heard = seam::now();
+    let mut numbers = Sequence::default();
+    numbers.number(); // the hello
     let why = loop {
         tokio::select! {
-            message = inbound.message() => match message {
+            message = inbound.try_next() => match message {
                 Ok(Some(message)) => {
                     heard = seam::now();
+                    match numbers.take(message.sequence) {
+                        Ok(true) => {}
+                        Ok(false) => continue,
+                        Err(gap) => break gap.to_string(),
+                    }
                     if let Err(error) = obey(&shared, session, message) {
                         break error.to_string();
                     }
@@ -184,8 +193,35 @@ async fn serve_session(
             () = frames.closed() => break "its stream is gone".to_owned(),
         }
     };
-    shared.close_session(session);
+    drop(open);
     tracing::info!(router, session = session.0, why, "session closed");
+}
+
+/// A session that is served; with it, however that ends, everything that hangs on it is cancelled.
+struct OpenSession<'a> {
+    shared: &'a Shared,
+    session: SessionId,
+}
+
+impl Drop for OpenSession<'_> {
+    fn drop(&mut self) {
+        self.shared.close_session(self.session);
+    }
+}
+
+fn fail_point(message: &v1::ToWorker) -> Option<&'static str> {
+    Some(match message.message.as_ref()? {
+        to_worker::Message::Start(_) => "session.start",
+        to_worker::Message::Cancel(_) => "session.cancel",
+        to_worker::Message::Pause(_) => "session.pause",
+        to_worker::Message::Resume(_) => "session.resume",
+        to_worker::Message::Renew(_) => "session.renew",
+        to_worker::Message::End(_) => "session.end-lease",
+        to_worker::Message::Beat(_) => "session.beat",
+        to_worker::Message::Hello(_) | to_worker::Message::Offer(_) | to_worker::Message::Seal(_) => {
+            return None;
+        }
+    })
 }
 
 fn obey(shared: &Shared, session: SessionId, message: v1::ToWorker) -> Result<(), tandem_proto::WireError> {

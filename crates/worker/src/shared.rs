@@ -140,6 +140,11 @@ impl Shared {
         self.lock().followers.remove(&claim);
     }
 
+    /// Pullers that follow a lease here.
+    pub(crate) fn claims(&self) -> usize {
+        self.lock().followers.len()
+    }
+
     /// Ends every session and every follower's stream: the worker is going.
     pub(crate) fn end_streams(&self) {
         let sessions: Vec<SessionId> = self.lock().sessions.keys().copied().collect();
@@ -193,6 +198,7 @@ impl Shared {
                         inner.sessions.remove(&session);
                     }
                     Output::Stage(change) => inner.spans.change(*change),
+                    Output::Transferred { sequence, transfer } => inner.spans.transferred(sequence, transfer),
                     Output::Left(report) => {
                         inner.spans.left(&report);
                         self.metrics.observe_leg(&report);

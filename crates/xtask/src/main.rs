@@ -6,6 +6,8 @@
 use std::env;
 use std::process::ExitCode;
 
+mod bench;
+mod chaos;
 mod protoc;
 mod test;
 mod tidy;
@@ -13,7 +15,7 @@ mod tools;
 mod up;
 mod workspace;
 
-const COMMANDS: &[&str] = &["up", "test", "tidy", "protoc-path", "help"];
+const COMMANDS: &[&str] = &["up", "test", "chaos", "bench", "tidy", "protoc-path", "help"];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> =
@@ -41,6 +43,8 @@ fn run(arguments: &[String]) -> Result<(), String> {
         _ if wants_help && COMMANDS.contains(&command) => print!("{}", help()),
         "up" => up::up(rest)?,
         "test" => test::test(&test::options(rest)?)?,
+        "chaos" => chaos::chaos(rest)?,
+        "bench" => bench::bench(rest)?,
         "tidy" => without_arguments(command, rest).and_then(|()| tidy::tidy())?,
         "protoc-path" => {
             without_arguments(command, rest)?;
@@ -65,15 +69,24 @@ cargo xtask up [-- ARGS]                  build in release and start a cluster o
                                           ARGS are those of `tandem up` (`cargo xtask up -- --help`)
 cargo xtask test [FILTER] [--lane NAME]   install what the tests need, run them all, or those whose
                                           name contains FILTER, or one lane of them
+cargo xtask chaos --level failpoints|processes [--runs N] [--seed S]
+                                          run clusters under seeded faults and print what came of them;
+                                          a case that fails names the command that repeats it
+cargo xtask chaos --level soak [--requests N] [--seed S]
+                                          very many requests, a third of which leave at a random moment
+cargo xtask bench NAME [OPTIONS]          build a bench in release and run it
 cargo xtask tidy                          check the rules of the layout, licences and sources
 cargo xtask protoc-path                   print a path under which this program is a protoc
 
 Lanes of `cargo xtask test`:
 {}
+Benches of `cargo xtask bench`:
+{}
 On Debian as root missing tools are installed; elsewhere their lane is skipped and says so, which
 with CI=true is a failure.
 ",
-        test::lanes()
+        test::lanes(),
+        bench::benches()
     )
 }
 
@@ -86,7 +99,7 @@ mod tests {
         let run = |words: &[&str]| run(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         assert_eq!(
             run(&["tests"]).unwrap_err(),
-            "there is no command `tests`: it is one of up, test, tidy, protoc-path, help"
+            "there is no command `tests`: it is one of up, test, chaos, bench, tidy, protoc-path, help"
         );
         assert!(run(&["tidy", "now"]).unwrap_err().contains("no arguments"));
         assert!(run(&["test", "--lane", "x"]).unwrap_err().contains("rust, etcd"));

@@ -24,6 +24,8 @@ enum Kind {
     Rest,
     /// The tests whose name contains the lane's, which need this tool.
     Needs(Tool),
+    /// The model of hand-offs. A build of its own: its feature is to be on nowhere else.
+    Model,
     /// Examples in the documentation.
     Doc,
 }
@@ -39,6 +41,11 @@ const LANES: &[Lane] = &[
         name: "openai",
         what: "tests with `openai` in their name: the Python package against a cluster",
         kind: Kind::Needs(Tool::Python),
+    },
+    Lane {
+        name: "model",
+        what: "hand-offs in every order of events (TANDEM_MODEL=full takes the full bounds)",
+        kind: Kind::Model,
     },
     Lane { name: "doc", what: "examples in the documentation", kind: Kind::Doc },
 ];
@@ -99,7 +106,7 @@ pub fn test(options: &Options) -> Result<(), String> {
     let logs = workspace.target.join("xtask");
     fs::create_dir_all(&logs).map_err(|error| format!("{}: {error}", logs.display()))?;
     let mut runner = Runner {
-        features: workspace.etcd_features(),
+        features: workspace.test_features(),
         environment: vec![("TANDEM_BIN".into(), workspace.target.join("debug/tandem"))],
         nextest: workspace::cargo()
             .args(["nextest", "--version"])
@@ -118,7 +125,7 @@ pub fn test(options: &Options) -> Result<(), String> {
         eprintln!("lane {}: {}", lane.name, lane.what);
         let prepared = match lane.kind {
             Kind::Needs(tool) => tool.prepare(&workspace.target).map(|program| Some((tool, program))),
-            Kind::Rest | Kind::Doc => Ok(None),
+            Kind::Rest | Kind::Model | Kind::Doc => Ok(None),
         };
         let outcome = match prepared {
             Ok(tool) => {
@@ -218,6 +225,12 @@ fn arguments(lane: &Lane, features: &str, filter: Option<&str>, nextest: bool) -
     let own = |text: &str| text.to_owned();
     let words = || LANES.iter().filter(|lane| matches!(lane.kind, Kind::Needs(_))).map(|lane| lane.name);
     let mut arguments: Vec<String> = Vec::new();
+    if lane.kind == Kind::Model {
+        arguments.extend(["test", "--package", "tandem-kv-cache", "--test", "model"].map(own));
+        arguments.extend(["--features", "tandem-kv-cache/model", "--", "--nocapture"].map(own));
+        arguments.extend(filter.map(own));
+        return arguments;
+    }
     if nextest && lane.kind != Kind::Doc {
         arguments.extend(["nextest", "run", "--workspace", "--no-fail-fast", "--no-tests=pass"].map(own));
         arguments

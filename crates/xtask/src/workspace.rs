@@ -17,6 +17,9 @@ pub struct Workspace {
     pub packages: Vec<Package>,
 }
 
+/// Features that tests are built with.
+const TEST_FEATURES: &[&str] = &["etcd", "tls-tests"];
+
 /// One version of one package.
 #[derive(Clone, Debug, Default)]
 pub struct Package {
@@ -148,10 +151,16 @@ impl Workspace {
         self.packages.iter().filter(|package| package.folder.is_some())
     }
 
-    /// `PACKAGE/etcd` for each member that has this feature, joined for `--features`.
-    pub fn etcd_features(&self) -> String {
-        let with = self.members().filter(|package| package.features.iter().any(|feature| feature == "etcd"));
-        with.map(|package| format!("{}/etcd", package.name)).collect::<Vec<_>>().join(",")
+    /// `PACKAGE/FEATURE` for each feature of a member that a plain build leaves out and tests need, joined for
+    /// `--features`.
+    pub fn test_features(&self) -> String {
+        let wanted = |feature: &&String| TEST_FEATURES.contains(&feature.as_str());
+        let of = |package: &Package| {
+            let name = package.name.clone();
+            let features: Vec<String> = package.features.iter().filter(wanted).cloned().collect();
+            features.into_iter().map(move |feature| format!("{name}/{feature}"))
+        };
+        self.members().flat_map(of).collect::<Vec<_>>().join(",")
     }
 
     /// Everything linked into `package`, itself excluded.
@@ -195,7 +204,7 @@ mod tests {
         assert_eq!(names(workspace.linked_into(&workspace.packages[0])), ["b"]);
         assert_eq!(workspace.packages[0].folder.as_deref(), Some("crates/a"));
         assert!(workspace.packages[1].dependencies[0].beyond_tests);
-        assert_eq!(workspace.etcd_features(), "a/etcd,b/etcd");
+        assert_eq!(workspace.test_features(), "a/etcd,b/etcd");
         assert!(from_metadata(&json!({})).is_none());
     }
 

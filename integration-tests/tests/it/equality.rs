@@ -67,10 +67,10 @@ fn split_equals_mixed(dtype: Dtype) {
             ..Spec::of(tiny())
         };
         let mixed = in_process(of((0, 0, 1), "auto"), seed).await;
-        let split = in_process(of((1, 1, 0), "inproc"), seed).await;
-        assert!(split == mixed, "inproc differs");
-        let split = in_process(of((1, 1, 0), "tcp"), seed).await;
-        assert!(split == mixed, "tcp differs");
+        for transport in ["inproc", "shm", "tcp"] {
+            let split = in_process(of((1, 1, 0), transport), seed).await;
+            assert!(split == mixed, "{transport} differs");
+        }
     });
 }
 
@@ -119,7 +119,8 @@ fn a_fake_cluster_says_what_its_oracle_says_from_the_prompt_alone() {
     run(async {
         let seed = seed();
         let ordinary = Ordinary::read(&tiny()).expect("it is committed");
-        for (workers, transport) in [((0, 0, 1), "auto"), ((1, 1, 0), "inproc"), ((1, 1, 0), "tcp")] {
+        let split = ["inproc", "shm", "tcp"].map(|transport| ((1, 1, 0), transport));
+        for (workers, transport) in [((0, 0, 1), "auto")].into_iter().chain(split) {
             let spec = Spec { workers, transport: transport.into(), ..Spec::of(tiny()).fake("zero") };
             let got = in_process(spec, seed).await;
             for (index, (ids, _)) in got.iter().enumerate() {

@@ -2,8 +2,11 @@
 //!
 //! - `walking`: requests through the public door of a cluster in this process
 //! - `equality`: hand-offs change no bit
+//! - `handoff`: what is moved, when, and what becomes of bytes that are wrong
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
 //! - `faults`: workers that die, fail, refuse and come back
+//! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
+//! - `fleets`: real processes that are killed and stopped, and very many requests to them
 //! - `references`: checkpoints agree with their references through the API
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
@@ -13,9 +16,12 @@
 //! - `openai`: the openai Python package, unmodified
 
 mod broken;
+mod chaos;
 mod equality;
 mod etcd;
 mod faults;
+mod fleets;
+mod handoff;
 mod leaks;
 mod openai;
 mod operating;

@@ -34,7 +34,7 @@ impl TraceService for Collector {
 fn a_trace_goes_through_router_prefill_and_decode_with_a_span_per_stage() {
     run(async {
         let (send, mut received) = mpsc::unbounded_channel();
-        let listener = seam::listen("127.0.0.1:0").await.expect("a port");
+        let listener = seam::listen_tcp("127.0.0.1:0").await.expect("a port");
         let endpoint = format!("http://{}", listener.local_addr().expect("an address"));
         let server =
             tonic::transport::Server::builder().add_service(TraceServiceServer::new(Collector(send)));
@@ -63,6 +63,12 @@ fn a_trace_goes_through_router_prefill_and_decode_with_a_span_per_stage() {
             for span in scopes.flat_map(|scope| scope.spans) {
                 let trace: String = span.trace_id.iter().map(|byte| format!("{byte:02x}")).collect();
                 if trace == "0af7651916cd43dd8448eb211c80319c" {
+                    if span.name == "transfer" {
+                        // How many bytes moved, for how long, and what of that was waited for after the seal.
+                        let told: BTreeSet<&str> = span.attributes.iter().map(|it| it.key.as_str()).collect();
+                        let wanted = ["bytes", "busy_us", "exposed_bytes", "exposed_us"];
+                        assert!(wanted.iter().all(|key| told.contains(key)), "{told:?}");
+                    }
                     stages.insert(span.name);
                 }
             }

@@ -62,6 +62,7 @@ impl Subject for RouterSubject {
             "blocks": { "total": 0, "free": 0, "cached": 0, "in_use": 0 },
             "cpu_seconds": facts.cpu_seconds,
             "resident_bytes": facts.resident_bytes,
+            "tasks": facts.tasks,
             "version": env!("CARGO_PKG_VERSION"),
         })
     }

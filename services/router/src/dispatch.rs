@@ -6,6 +6,8 @@
 //! once and in order, and there is exactly one terminal event. Dropping the course drops its legs, and that
 //! cancels them everywhere.
 
+mod round;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,8 +16,8 @@ use std::time::Duration;
 use serde_json::json;
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_placement::{Candidate, Policy};
+use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
-use tandem_proto::{WireError, convert};
 use tandem_types::{FinishReason, Sampled, Time, Usage, WorkerId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Instrument;
@@ -23,8 +25,9 @@ use tracing::Instrument;
 use crate::link::{Leg, LegEvent, Link};
 use crate::metrics::Metrics;
 use crate::records::{Record, Records};
-use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, Route};
+use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, PromptShare, Route};
 use crate::workers::Workers;
+use round::{Again, Round, broken_after_delta, broken_before_delta, finish};
 
 /// Work redone after faults: at most this many attempts of a request.
 const FAULTS_MAX: u32 = 3;
@@ -113,6 +116,7 @@ impl Dispatcher {
             faults: 0,
             placements: 0,
             avoid: BTreeSet::new(),
+            holder: None,
             routed: false,
             first_token: None,
             last_token: None,
@@ -142,14 +146,11 @@ impl Dispatcher {
     }
 }
 
-/// How a round ended.
-enum Round {
-    /// The answer is complete.
-    Finished(FinishReason),
-    /// Place it again; the worker named is better avoided, and a fault counts.
-    Again { avoid: Option<WorkerId>, fault: bool, why: String },
-    /// The request is over with an error.
-    Broken(DispatchError),
+/// A prompt that is computed, or being computed, and the lease on it.
+struct Grant {
+    prefill: Leg,
+    granted_as: u32,
+    handle: v1::Handle,
 }
 
 /// One request under way.
@@ -165,6 +166,8 @@ struct Course {
     faults: u32,
     placements: u32,
     avoid: BTreeSet<WorkerId>,
+    /// Who has computed the prompt last.
+    holder: Option<WorkerId>,
     routed: bool,
     first_token: Option<Time>,
     last_token: Option<Time>,
@@ -212,24 +215,31 @@ impl Course {
 
     async fn rounds(&mut self) -> Result<FinishReason, DispatchError> {
         loop {
-            let (avoid, fault, why) = match self.round().await {
+            let again = match self.round().await {
                 Round::Finished(reason) => return Ok(reason),
                 Round::Broken(error) => return Err(error),
-                Round::Again { avoid, fault, why } => (avoid, fault, why),
+                Round::Again(again) => again,
             };
-            self.record.note("placed again", json!({ "why": why, "fault": fault }));
-            self.dispatcher.metrics.observe_retry(fault);
-            self.avoid.extend(avoid);
-            self.faults += u32::from(fault);
-            self.placements += 1;
-            if self.faults >= FAULTS_MAX {
-                return Err(DispatchError::WorkerLost { attempts: self.faults, message: why });
-            }
-            if self.placements >= PLACEMENTS_MAX {
-                return Err(DispatchError::Overloaded { retry_after: Duration::from_secs(1) });
-            }
+            self.count("placed again", again)?;
             self.wait_for_candidates().await?;
         }
+    }
+
+    /// Counts a placement that came to nothing; an error if it was the last that is allowed.
+    fn count(&mut self, what: &str, again: Again) -> Result<(), DispatchError> {
+        let Again { avoid, fault, why, .. } = again;
+        self.record.note(what, json!({ "why": why, "fault": fault }));
+        self.dispatcher.metrics.observe_retry(fault);
+        self.avoid.extend(avoid);
+        self.faults += u32::from(fault);
+        self.placements += 1;
+        if self.faults >= FAULTS_MAX {
+            return Err(DispatchError::WorkerLost { attempts: self.faults, message: why });
+        }
+        if self.placements >= PLACEMENTS_MAX {
+            return Err(DispatchError::Overloaded { retry_after: Duration::from_secs(1) });
+        }
+        Ok(())
     }
 
     /// Until somebody can take it; the workers avoided so far will do if nobody else turns up.
@@ -249,8 +259,14 @@ impl Course {
 
     /// Places the request once and streams what comes, until it ends or something breaks.
     async fn round(&mut self) -> Round {
+        if let PromptShare::Follows(lead) = &mut self.request.share {
+            // An error says that the lead is over without having computed anything: then everybody for himself.
+            let holder = lead.wait_for(Option::is_some).await.ok().and_then(|holder| holder.clone());
+            self.holder = holder.or(self.holder.take());
+            self.request.share = PromptShare::Alone;
+        }
         let Some((route, links)) = self.choose() else {
-            return Round::Again { avoid: None, fault: false, why: "no worker takes work now".into() };
+            return Round::Again(Again::new(None, false, "no worker takes work now".into()));
         };
         let (prefill, decode) = (links[route.prefill].clone(), links[route.decode].clone());
         let rest = self.request.stop.max_tokens - self.delivered.len() as u32;
@@ -260,93 +276,140 @@ impl Course {
                 Ok(leg) => leg,
                 Err(again) => return again,
             };
-            return self.stream(leg, None).await;
+            return self.stream(leg, None, false).await;
         }
-        let mut leg = match self.open(&prefill, v1::Until::FirstToken, None, 0) {
+        self.hand_off(&prefill).await
+    }
+
+    /// Prefill on one worker, decode on another. The decode worker is started at the grant where pulling
+    /// alongside pays, else at the first token, which goes to the client whoever brings it first.
+    async fn hand_off(&mut self, link: &Arc<Link>) -> Round {
+        let mut prefill = match self.open(link, v1::Until::FirstToken, None, 0) {
             Ok(leg) => leg,
             Err(again) => return again,
         };
         let granted_as = self.attempt;
-        let (handle, first) = match self.first_token(&mut leg).await {
-            Ok(pair) => pair,
-            Err(round) => return round,
-        };
-        self.decode(leg, granted_as, handle, first).await
-    }
-
-    /// Waits for the prefill's first token. The lease is in the handle that came before it.
-    async fn first_token(&mut self, leg: &mut Leg) -> Result<(v1::Handle, v1::Delta), Round> {
         let mut handle = None;
+        let mut decode: Option<Leg> = None;
         loop {
-            match leg.next().await {
-                LegEvent::Worker(event::Event::Granted(granted)) => {
+            let mut follower = decode.as_mut();
+            let (from_follower, event) = tokio::select! {
+                biased;
+                event = next_of(&mut follower) => (true, event),
+                event = prefill.next() => (false, event),
+            };
+            match event {
+                LegEvent::Worker(event::Event::Granted(granted)) if !from_follower => {
                     self.begun(granted.cached_tokens);
+                    if let Some(granted) = &granted.handle {
+                        decode = self.follow_along(&prefill, granted, granted_as).await;
+                    }
                     handle = granted.handle;
                 }
-                LegEvent::Worker(event::Event::Delta(delta)) => {
+                LegEvent::Worker(event::Event::Delta(delta)) if !from_follower => {
                     let Some(handle) = handle else {
-                        let why = format!("{} sent a token before its grant", leg.worker());
-                        return Err(Round::Again { avoid: Some(leg.worker().clone()), fault: true, why });
+                        let why = format!("{} sent a token before its grant", prefill.worker());
+                        return Round::Again(Again::new(Some(prefill.worker().clone()), true, why));
                     };
-                    return Ok((handle, delta));
+                    self.computed_at(prefill.worker());
+                    let grant = Grant { prefill, granted_as, handle };
+                    return self.decode(grant, delta, decode).await;
                 }
-                other => return Err(self.broken_before_delta(leg, other)),
+                // It followed to the end before the prefill worker's own word came.
+                LegEvent::Worker(event::Event::Delta(delta)) => {
+                    self.computed_at(prefill.worker());
+                    let leg = decode.take().expect("it has just spoken");
+                    if let Err(round) = self.deliver(&delta, leg.worker()).await {
+                        return round;
+                    }
+                    return self.stream(leg, None, true).await;
+                }
+                // The request ended with its first token, and the prefill worker is about to say so.
+                LegEvent::Worker(event::Event::Released(_)) if from_follower => decode = None,
+                event if from_follower => {
+                    let leg = decode.take().expect("it has just spoken");
+                    match broken_before_delta(leg.worker(), event) {
+                        Round::Again(again) if !again.lease_serves => return Round::Again(again),
+                        Round::Again(again) => {
+                            if let Err(error) = self.count("decode placed again", again) {
+                                return Round::Broken(error);
+                            }
+                        }
+                        over => return over,
+                    }
+                }
+                // The follower finds out by itself and its word decides: it may hold every byte already.
+                LegEvent::Lost(_) if decode.is_some() => {
+                    self.avoid.insert(prefill.worker().clone());
+                    let leg = decode.take().expect("looked at above");
+                    return self.stream(leg, None, false).await;
+                }
+                event => return broken_before_delta(prefill.worker(), event),
             }
         }
     }
 
-    /// Delivers the first token, then finds somebody to go on, as often as the held lease allows.
-    async fn decode(
-        &mut self,
-        mut prefill: Leg,
-        granted_as: u32,
-        handle: v1::Handle,
-        first: v1::Delta,
-    ) -> Round {
-        let mut target = self.choose_decode(prefill.worker());
-        if let Some(link) = &target {
-            self.say_route(prefill.worker(), &link.worker).await;
+    /// Starts a decode worker that pulls while the prompt is still being computed, if that pays.
+    async fn follow_along(&mut self, prefill: &Leg, handle: &v1::Handle, granted_as: u32) -> Option<Leg> {
+        if !tandem_placement::overlap_pays(handle.tokens) {
+            return None;
+        }
+        // What stays where it is has nothing to pull.
+        let link = self.choose_decode(prefill.worker()).filter(|link| link.worker != *prefill.worker())?;
+        self.say_route(prefill.worker(), &link.worker).await;
+        self.open(&link, v1::Until::End, Some(handle.clone()), granted_as).ok()
+    }
+
+    /// Delivers the first token, then sees to it that somebody goes on, as often as the held lease allows.
+    /// `decode` is who follows already.
+    async fn decode(&mut self, grant: Grant, first: v1::Delta, mut decode: Option<Leg>) -> Round {
+        let Grant { mut prefill, granted_as, handle } = grant;
+        let mut target = None;
+        if decode.is_none() {
+            target = self.choose_decode(prefill.worker());
+            if let Some(link) = &target {
+                self.say_route(prefill.worker(), &link.worker).await;
+            }
         }
         if let Err(round) = self.deliver(&first, prefill.worker()).await {
             return round;
         }
+        if self.ends_with_last() {
+            // Only the prefill worker reports the end then; no decode leg is needed.
+            drop(decode);
+            return self.stream(prefill, None, false).await;
+        }
         loop {
-            let Some(link) = target else {
-                return Round::Again { avoid: None, fault: false, why: "nobody can decode".into() };
-            };
-            if self.ends_with_last() {
-                // Only the prefill worker reports the end then; no decode leg is needed.
-                return self.stream(prefill, None).await;
-            }
             let before = self.delivered.len();
-            let round = match self.open(&link, v1::Until::End, Some(handle.clone()), granted_as) {
-                Ok(leg) => self.stream(leg, Some(&mut prefill)).await,
+            let leg = match (decode.take(), target.take()) {
+                (Some(leg), _) => Ok(leg),
+                (None, Some(link)) => self.open(&link, v1::Until::End, Some(handle.clone()), granted_as),
+                (None, None) => {
+                    return Round::Again(Again::new(None, false, "nobody can decode".into()));
+                }
+            };
+            let round = match leg {
+                Ok(leg) => self.stream(leg, Some(&mut prefill), false).await,
                 Err(round) => round,
             };
-            let Round::Again { avoid: Some(avoid), fault, why } = round else { return round };
-            let lease_stands = prefill.try_next().is_none();
-            if self.delivered.len() > before || !lease_stands || self.placements >= PLACEMENTS_MAX {
-                return Round::Again { avoid: Some(avoid), fault, why };
+            let Round::Again(again) = round else { return round };
+            let lease_stands = again.lease_serves && prefill.try_next().is_none();
+            if self.delivered.len() > before || !lease_stands {
+                return Round::Again(again);
             }
             // Another decoder from the same lease; nothing is computed again.
-            self.record.note("decode placed again", json!({ "why": why, "fault": fault }));
-            self.dispatcher.metrics.observe_retry(fault);
-            self.faults += u32::from(fault);
-            self.placements += 1;
-            if self.faults >= FAULTS_MAX {
-                return Round::Broken(DispatchError::WorkerLost { attempts: self.faults, message: why });
+            if let Err(error) = self.count("decode placed again", again) {
+                return Round::Broken(error);
             }
-            self.avoid.insert(avoid);
             target = self.choose_decode(prefill.worker());
         }
     }
 
     /// Streams a leg to its end. `prefill` holds the lease that the leg pulls from; once the leg has sent a
-    /// delta of its own, the lease has done its service.
+    /// delta of its own (`own_delta`), the lease has done its service.
     ///
     /// Until the leg's own first delta everything that breaks is placed again; after it, only preemption is.
-    async fn stream(&mut self, mut leg: Leg, mut prefill: Option<&mut Leg>) -> Round {
-        let mut own_delta = false;
+    async fn stream(&mut self, mut leg: Leg, mut prefill: Option<&mut Leg>, mut own_delta: bool) -> Round {
         loop {
             let event = tokio::select! {
                 biased;
@@ -364,19 +427,25 @@ impl Course {
             match event {
                 LegEvent::Worker(event::Event::Granted(granted)) => self.begun(granted.cached_tokens),
                 LegEvent::Worker(event::Event::Delta(delta)) => {
-                    own_delta = true;
+                    if !std::mem::replace(&mut own_delta, true) {
+                        self.computed_at(leg.worker());
+                    }
                     prefill = None;
-                    if let Err(round) = self.deliver(&delta, leg.worker()).await {
-                        return round;
+                    match self.deliver(&delta, leg.worker()).await {
+                        Ok(()) => {}
+                        Err(Round::Again(again)) => {
+                            return Round::Again(Again { lease_serves: false, ..again });
+                        }
+                        Err(over) => return over,
                     }
                 }
                 LegEvent::Worker(event::Event::Finished(finished)) => return finish(&finished),
                 LegEvent::Worker(event::Event::Preempted(_)) => {
                     let why = format!("{} preempted it", leg.worker());
-                    return Round::Again { avoid: None, fault: false, why };
+                    return Round::Again(Again { lease_serves: !own_delta, ..Again::new(None, false, why) });
                 }
-                other if own_delta => return self.broken_after_delta(&leg, other),
-                other => return self.broken_before_delta(&leg, other),
+                other if own_delta => return broken_after_delta(leg.worker(), self.faults, other),
+                other => return broken_before_delta(leg.worker(), other),
             }
         }
     }
@@ -392,13 +461,13 @@ impl Course {
                     self.dispatcher.metrics.observe_divergence();
                     tracing::error!(request = self.request.name, worker = %from, position, "a leg diverged");
                     let why = format!("{from} sent another token at position {position}");
-                    return Err(Round::Again { avoid: Some(from.clone()), fault: true, why });
+                    return Err(Round::Again(Again::new(Some(from.clone()), true, why)));
                 }
                 continue;
             }
             if position > self.delivered.len() {
                 let why = format!("{from} left out positions {} to {position}", self.delivered.len());
-                return Err(Round::Again { avoid: Some(from.clone()), fault: true, why });
+                return Err(Round::Again(Again::new(Some(from.clone()), true, why)));
             }
             self.delivered.push(sampled.clone());
             let now = seam::now();
@@ -422,6 +491,14 @@ impl Course {
         }
         if self.delivered.is_empty() {
             self.cached_tokens = self.cached_tokens.max(cached_tokens);
+        }
+    }
+
+    /// This worker has the prompt's KV: others may borrow it.
+    fn computed_at(&mut self, worker: &WorkerId) {
+        self.holder = Some(worker.clone());
+        if let PromptShare::Leads(lead) = &self.request.share {
+            lead.send_replace(Some(worker.clone()));
         }
     }
 
@@ -494,6 +571,10 @@ impl Course {
         if let Some(handle) = &handle {
             tokens.truncate(handle.tokens as usize);
         }
+        // What is handed over needs nothing borrowed.
+        let holder = self.holder.as_ref().filter(|holder| handle.is_none() && **holder != link.worker);
+        let blocks = request.prompt.len() as u32 / tandem_types::BLOCK_TOKENS;
+        let holders = holder.and_then(|holder| self.dispatcher.workers.holder(holder, blocks));
         let start = v1::Start {
             leg: 0,
             request: convert::id128(request.id.0),
@@ -503,7 +584,7 @@ impl Course {
             worker_incarnation: 0,
             epoch: 0,
             inputs: handle.into_iter().collect(),
-            holders: Vec::new(),
+            holders: holders.into_iter().collect(),
             until: until as i32,
             rows_wanted: v1::RowsWanted::None as i32,
             remaining_ms: request.deadline.remaining(now).as_millis().min(u128::from(u32::MAX)) as u32,
@@ -530,73 +611,8 @@ impl Course {
             "start",
             json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }),
         );
-        link.open(start).map_err(|error| Round::Again {
-            avoid: Some(link.worker.clone()),
-            fault: false,
-            why: error.to_string(),
-        })
-    }
-
-    // ------------------------------------------------------------------ what went wrong
-
-    /// Nothing of this leg has reached the client as its own: it can be placed again.
-    fn broken_before_delta(&self, leg: &Leg, event: LegEvent) -> Round {
-        let avoid = Some(leg.worker().clone());
-        match event {
-            LegEvent::Worker(event::Event::Refused(refused)) => {
-                let why = format!("{} refused it: {}", leg.worker(), refused.message);
-                match refused.reason() {
-                    v1::RefuseReason::ContextLength => {
-                        Round::Broken(DispatchError::ContextLength { message: refused.message })
-                    }
-                    v1::RefuseReason::Unsupported => {
-                        Round::Broken(DispatchError::Unsupported(refused.message))
-                    }
-                    v1::RefuseReason::Invalid => Round::Broken(DispatchError::Internal(why)),
-                    _ => Round::Again { avoid, fault: false, why },
-                }
-            }
-            LegEvent::Worker(event::Event::Failed(failed)) => {
-                if failed.reason() == v1::FailReason::Deadline {
-                    return Round::Broken(DispatchError::Deadline);
-                }
-                let why = format!("{} failed: {}", leg.worker(), failed.message);
-                Round::Again { avoid, fault: true, why }
-            }
-            LegEvent::Worker(event::Event::Preempted(_)) => {
-                let why = format!("{} preempted it", leg.worker());
-                Round::Again { avoid: None, fault: false, why }
-            }
-            LegEvent::Lost(why) => {
-                Round::Again { avoid, fault: true, why: format!("{}: {why}", leg.worker()) }
-            }
-            // Released without our cancel: the lease or the leg ended there.
-            LegEvent::Worker(_) => {
-                let why = format!("{} let go of it", leg.worker());
-                Round::Again { avoid, fault: true, why }
-            }
-        }
-    }
-
-    /// The client has tokens of this leg, and this version cannot move a stream: it ends loudly.
-    fn broken_after_delta(&self, leg: &Leg, event: LegEvent) -> Round {
-        let message = match event {
-            LegEvent::Worker(event::Event::Failed(failed)) if failed.reason() == v1::FailReason::Deadline => {
-                return Round::Broken(DispatchError::Deadline);
-            }
-            LegEvent::Worker(event::Event::Failed(failed)) => failed.message,
-            LegEvent::Lost(why) => why.to_owned(),
-            LegEvent::Worker(_) => "it let go of the request".to_owned(),
-        };
-        let message = format!("{}: {message}", leg.worker());
-        Round::Broken(DispatchError::WorkerLost { attempts: self.faults + 1, message })
-    }
-}
-
-fn finish(finished: &v1::Finished) -> Round {
-    match convert::read_finish(finished) {
-        Ok(reason) => Round::Finished(reason),
-        Err(error @ WireError { .. }) => Round::Broken(DispatchError::Internal(error.to_string())),
+        link.open(start)
+            .map_err(|error| Round::Again(Again::new(Some(link.worker.clone()), false, error.to_string())))
     }
 }
 

@@ -25,7 +25,6 @@ use std::time::Duration;
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Kind, Membership, Registration, RegistrationGuard};
 use tandem_types::{Incarnation, WorkerState};
-use tokio::net::TcpListener;
 
 pub use config::RouterConfig;
 pub use process::process_main;
@@ -156,7 +155,7 @@ pub async fn start(
     Ok(Running { api, admin, done: seam::spawn(end.wait()) })
 }
 
-async fn listen(bind: IpAddr, port: u16) -> Result<(TcpListener, SocketAddr), StartError> {
+async fn listen(bind: IpAddr, port: u16) -> Result<(seam::Listener, SocketAddr), StartError> {
     let address = SocketAddr::new(bind, port);
     let failed = |source| StartError::Listen { address, source };
     let listener = seam::listen(address).await.map_err(failed)?;

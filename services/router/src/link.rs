@@ -8,13 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use futures_util::StreamExt;
-use tandem_chassis::{Shutdown, seam};
+use futures_util::{FutureExt, Stream, StreamExt, TryStreamExt};
+use tandem_chassis::{Shutdown, fail, seam};
 use tandem_proto::v1::{self, event, from_worker, to_worker};
-use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN};
+use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence};
 use tandem_types::{Epoch, Incarnation, LeaseId, Role, Time, WorkerId, WorkerState};
 use tokio::sync::{mpsc, watch};
-use tonic::transport::Endpoint;
 
 /// Both ends of a session beat this often.
 const BEAT: Duration = Duration::from_millis(200);
@@ -197,7 +196,9 @@ impl Link {
         loop {
             let began = seam::now();
             tokio::select! {
-                why = self.serve() => {
+                why = std::panic::AssertUnwindSafe(self.serve()).catch_unwind() => {
+                    // What one worker says must not cut it off for ever: as if the session had broken.
+                    let why = why.unwrap_or_else(|_| "reading it panicked".to_owned());
                     // Said once; that it cannot be opened again is what `/admin/cluster` shows.
                     if self.lose(&why) {
                         tracing::warn!(worker = %self.worker, why, "session with worker ended");
@@ -226,16 +227,8 @@ impl Link {
         }
     }
 
-    async fn connect(
-        &self,
-    ) -> Result<(tonic::Streaming<v1::FromWorker>, tonic::Streaming<v1::WatchEvent>), String> {
-        let endpoint = Endpoint::from_shared(format!("http://{}", self.address))
-            .map_err(|e| e.to_string())?
-            .connect_timeout(Duration::from_secs(2))
-            .tcp_nodelay(true)
-            .initial_stream_window_size(1 << 20)
-            .initial_connection_window_size(4 << 20);
-        let channel = endpoint.connect().await.map_err(|e| chain(&e))?;
+    async fn connect(&self) -> Result<(impl Frames, tonic::Streaming<v1::WatchEvent>), String> {
+        let channel = tandem_chassis::grpc::connect(&self.address).await?;
         let mut client = v1::worker_client::WorkerClient::new(channel)
             .max_decoding_message_size(64 << 20)
             .max_encoding_message_size(64 << 20);
@@ -254,9 +247,10 @@ impl Link {
             v1::ToWorker { sequence, message: Some(message) }
         });
         let opened = seam::timeout(SILENCE_MAX, client.session(messages));
-        let mut inbound =
+        let inbound =
             opened.await.map_err(|_| "no answer to hello")?.map_err(|s| s.message().to_owned())?.into_inner();
-        let first = seam::timeout(SILENCE_MAX, inbound.message());
+        let mut inbound = fail::through(inbound, &self.worker.0, fail_point);
+        let first = seam::timeout(SILENCE_MAX, inbound.try_next());
         let first = first.await.map_err(|_| "no welcome came")?.map_err(|s| s.message().to_owned())?;
         let Some(from_worker::Message::Welcome(welcome)) = first.and_then(|m| m.message) else {
             return Err("it did not begin with welcome".into());
@@ -289,19 +283,21 @@ impl Link {
         Ok((inbound, watch))
     }
 
-    async fn read(
-        &self,
-        mut inbound: tonic::Streaming<v1::FromWorker>,
-        mut watch: tonic::Streaming<v1::WatchEvent>,
-    ) -> String {
+    async fn read(&self, mut inbound: impl Frames, mut watch: tonic::Streaming<v1::WatchEvent>) -> String {
         let mut beats = seam::interval(BEAT);
         let mut renewed = seam::now();
         let mut was = WorkerState::Ready;
+        let mut numbers = Sequence::default();
+        numbers.number(); // the welcome
         loop {
             tokio::select! {
                 biased;
-                message = inbound.message() => match message {
-                    Ok(Some(message)) => self.take(message),
+                message = inbound.try_next() => match message {
+                    Ok(Some(message)) => match numbers.take(message.sequence) {
+                        Ok(true) => self.take(message),
+                        Ok(false) => {}
+                        Err(gap) => return gap.to_string(),
+                    },
                     Ok(None) => return "the worker closed it".into(),
                     Err(status) => return status.message().to_owned(),
                 },
@@ -418,6 +414,30 @@ impl Link {
     }
 }
 
+/// What a worker says on a session.
+trait Frames: Stream<Item = Result<v1::FromWorker, tonic::Status>> + Unpin + Send {}
+
+impl<S: Stream<Item = Result<v1::FromWorker, tonic::Status>> + Unpin + Send> Frames for S {}
+
+fn fail_point(message: &v1::FromWorker) -> Option<&'static str> {
+    let frame = match message.message.as_ref()? {
+        from_worker::Message::Frame(frame) => frame,
+        from_worker::Message::Beat(_) => return Some("frame.beat"),
+        from_worker::Message::Welcome(_) => return None,
+    };
+    // By the rarest of what it holds.
+    let rank = |kind: &event::Event| match kind {
+        event::Event::Delta(_) => (0, "frame.delta"),
+        event::Event::Released(_) => (1, "frame.released"),
+        event::Event::Granted(_) => (2, "frame.granted"),
+        event::Event::Finished(_) => (3, "frame.finished"),
+        event::Event::Refused(_) => (4, "frame.refused"),
+        event::Event::Failed(_) => (5, "frame.failed"),
+        event::Event::Preempted(_) => (6, "frame.preempted"),
+    };
+    frame.events.iter().filter_map(|event| event.event.as_ref().map(rank)).max().map(|(_, point)| point)
+}
+
 fn apply_report(state: &mut LinkState, router: &str, event: v1::WatchEvent) -> bool {
     let admitted = event.admitted.get(router).copied().unwrap_or(0);
     let report = Report {
@@ -431,17 +451,6 @@ fn apply_report(state: &mut LinkState, router: &str, event: v1::WatchEvent) -> b
         != (state.report.role, state.report.epoch, state.report.draining);
     state.report = report;
     matters
-}
-
-/// An error and its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text = format!("{text}: {cause}");
-        source = cause.source();
-    }
-    text
 }
 
 /// An attempt that is live on a worker. Dropping it cancels it there.

@@ -5,9 +5,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tandem_types::{
-    Choice, FinishReason, RequestId, Sampled, SamplingParams, ServiceClass, StopRules, Time, TokenId, Usage,
+    BLOCK_TOKENS, Choice, FinishReason, RequestId, Sampled, SamplingParams, ServiceClass, StopRules, Time,
+    TokenId, Usage, WorkerId,
 };
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 
 /// One choice of one request, valid and ready to be placed. Every dialect becomes this.
 #[derive(Clone, Debug)]
@@ -36,6 +37,34 @@ pub struct GenerateRequest {
     pub arrived: Time,
     /// The trace it belongs to.
     pub traceparent: Option<String>,
+    /// What it has to do with the other choices of its prompt.
+    pub share: PromptShare,
+}
+
+/// The choices of one prompt: one leads, and the others start when somebody holds what it has computed.
+#[derive(Clone, Debug, Default)]
+pub enum PromptShare {
+    /// There are no others, or the prompt is too short to share.
+    #[default]
+    Alone,
+    /// Tells the others who holds the prompt; that it is over without, by being dropped.
+    Leads(Arc<watch::Sender<Option<WorkerId>>>),
+    /// Waits for that word.
+    Follows(watch::Receiver<Option<WorkerId>>),
+}
+
+impl PromptShare {
+    /// For each of `choices` choices of a prompt of so many tokens.
+    pub fn among(choices: u32, prompt_tokens: usize) -> Vec<PromptShare> {
+        // The last known token is always computed, so less than a block and one has nothing to share.
+        if choices < 2 || prompt_tokens <= BLOCK_TOKENS as usize {
+            return vec![PromptShare::Alone; choices as usize];
+        }
+        let (lead, follow) = watch::channel(None);
+        let mut shares = vec![PromptShare::Leads(Arc::new(lead))];
+        shares.resize(choices as usize, PromptShare::Follows(follow));
+        shares
+    }
 }
 
 /// Who did what. A worker that did both stands for both.

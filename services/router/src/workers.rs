@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Membership, Registration, View};
 use tandem_placement::Candidate;
+use tandem_proto::v1::Holder;
 use tandem_types::{Incarnation, Role, WorkerId, WorkerState};
 use tokio::sync::watch;
 
@@ -201,15 +202,25 @@ impl Workers {
         Ok(())
     }
 
+    /// Who lends the first blocks of a prompt that this worker has computed, if it can be asked now.
+    pub(crate) fn holder(&self, worker: &WorkerId, blocks: u32) -> Option<Holder> {
+        let known = self.lock();
+        let linked = known.links.get(worker)?;
+        let ready = linked.link.state(seam::now()) == WorkerState::Ready;
+        ready.then(|| Holder {
+            worker: worker.0.clone(),
+            incarnation: linked.link.incarnation.0,
+            lender: linked.registration.address.clone(),
+            blocks,
+        })
+    }
+
     /// Asks a worker to take nothing new and finish what it has. Returns how much that is.
     pub(crate) async fn drain(&self, worker: &str) -> Result<u32, WishError> {
         let registration = self.registration(worker)?;
         let refused = |why: String| WishError::Refused(format!("{worker} cannot be drained: {why}"));
         let ask = async {
-            let endpoint =
-                tonic::transport::Endpoint::from_shared(format!("http://{}", registration.address))
-                    .map_err(|e| e.to_string())?;
-            let channel = endpoint.connect().await.map_err(|e| e.to_string())?;
+            let channel = tandem_chassis::grpc::connect(&registration.address).await?;
             let request = tandem_proto::v1::DrainRequest {
                 worker_incarnation: registration.incarnation.0,
                 remaining_ms: 30_000,

@@ -72,7 +72,7 @@ pub struct UpConfig {
     /// Port of the router's admin endpoints
     #[arg(long, default_value_t = 8001)]
     pub admin_port: u16,
-    /// How KV travels: auto, inproc or tcp
+    /// How KV travels: auto, inproc, shm or tcp
     #[arg(long, default_value = "auto")]
     pub transport: String,
     /// One process per service
@@ -158,7 +158,7 @@ impl UpConfig {
         }
         if self.transport == "inproc" && self.processes {
             return Err(
-                "--transport inproc reaches no other process; use tcp or auto with --processes".into()
+                "--transport inproc reaches no other process; use shm, tcp or auto with --processes".into()
             );
         }
         tandem_placement::named(&self.policy)?;

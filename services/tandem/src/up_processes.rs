@@ -57,7 +57,7 @@ async fn membership(config: &UpConfig) -> Result<(Option<String>, Arc<dyn Member
     let listener =
         seam::listen("127.0.0.1:0").await.map_err(|e| format!("cannot listen for children: {e}"))?;
     let address = listener.local_addr().map_err(|e| e.to_string())?;
-    let incoming = tonic::transport::server::TcpIncoming::from(listener).with_nodelay(Some(true));
+    let incoming = tandem_chassis::grpc::incoming(listener);
     let server = tonic::transport::Server::builder()
         .add_service(tandem_cluster::serve(embedded.clone()))
         .serve_with_incoming(incoming);

@@ -1,7 +1,7 @@
 //! What the batcher promises, one sentence each.
 
 use tandem_batching::{Batcher, Config, Event, Input, Origin, Outcome, Plan, RowOutcome, SequenceId};
-use tandem_types::{FinishReason, StopRules, Until, blocks_for};
+use tandem_types::{FinishReason, StopRules, Time, Until, blocks_for};
 
 use crate::harness::{Ask, End, Harness, prompt};
 use crate::toy::oracle;
@@ -203,7 +203,8 @@ fn a_cancel_frees_everything_at_once_but_what_a_step_in_flight_names() {
 #[test]
 fn the_youngest_gives_way_and_is_right_in_the_end() {
     for depth in [0, 1] {
-        let mut harness = Harness::of(512, depth, 6);
+        let config = Config { depth, answer_tokens: 0, ..Config::default() };
+        let mut harness = Harness::new(config, 1, 6, true);
         let asks: Vec<usize> = (0..3).map(|family| harness.ask(Ask::new(&prompt(family, 30), 90))).collect();
         finished(&mut harness);
         let preempted: Vec<u32> = asks.iter().map(|at| harness.requests[*at].preempted).collect();
@@ -214,7 +215,7 @@ fn the_youngest_gives_way_and_is_right_in_the_end() {
 
 #[test]
 fn a_paused_sequence_gets_no_rows_and_gives_way_first() {
-    let mut harness = Harness::of(512, 0, 4);
+    let mut harness = Harness::new(Config { answer_tokens: 0, ..Config::default() }, 1, 4, true);
     let paused = harness.ask(Ask::new(&prompt(1, 30), 60));
     let other = harness.ask(Ask::new(&prompt(2, 30), 90));
     step(&mut harness);
@@ -320,6 +321,47 @@ fn room_goes_to_the_growth_of_who_is_there_before_it_goes_to_a_newcomer() {
     assert_eq!(step(&mut harness), [(96, 1)]);
     finished(&mut harness);
     assert_eq!(harness.requests[newcomer].preempted, 0);
+}
+
+#[test]
+fn nobody_is_admitted_into_the_room_that_running_answers_will_need() {
+    let mut harness = Harness::of(512, 0, 8);
+    let asks: Vec<usize> = (0..4).map(|family| harness.ask(Ask::new(&prompt(family, 30), 90))).collect();
+    step(&mut harness);
+    // Four blocks each in the end: two fit, though all four would have fitted at first.
+    assert_eq!((harness.batcher.running(), harness.batcher.waiting()), (2, 2));
+    assert_eq!(harness.batcher.starved(), Some(harness.requests[asks[2]].arrived));
+    finished(&mut harness);
+    assert!(asks.iter().all(|at| harness.requests[*at].preempted == 0));
+}
+
+#[test]
+fn the_room_kept_for_answers_follows_how_long_they_are() {
+    let mut harness = Harness::of(512, 0, 8);
+    for family in 0..100 {
+        harness.ask(Ask::new(&prompt(family, 3), 2));
+        harness.run();
+    }
+    for family in 0..4 {
+        harness.ask(Ask::new(&prompt(family, 30), 90));
+    }
+    step(&mut harness);
+    assert_eq!(harness.batcher.running(), 4, "answers are short here");
+    finished(&mut harness);
+}
+
+#[test]
+fn who_waits_outside_is_not_passed_by_the_younger() {
+    let mut harness = Harness::of(512, 0, 50);
+    harness.ask(Ask::new(&prompt(1, 10), 9));
+    step(&mut harness);
+    harness.now = Time::from_millis(5);
+    harness.ask(Ask::new(&prompt(2, 10), 3));
+    harness.batcher.yield_to(Some(Time::from_millis(4)));
+    assert_eq!(step(&mut harness), [(10, 1)]);
+    harness.batcher.yield_to(Some(Time::from_millis(6)));
+    assert_eq!(step(&mut harness), [(11, 1), (0, 10)]);
+    finished(&mut harness);
 }
 
 #[test]

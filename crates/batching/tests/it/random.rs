@@ -61,12 +61,13 @@ fn happening() -> impl Strategy<Value = Happening> {
 fn limits() -> impl Strategy<Value = (Config, u32, u32, bool)> {
     let budget = prop_oneof![1..8u32, 8..120u32];
     let context = prop_oneof![2 => Just(u32::MAX), 1 => 30..250u32];
-    let config = (budget, 1..8u32, 0..2u32, context);
-    let config = config.prop_map(|(token_budget, rows_max, depth, context_tokens)| Config {
+    let config = (budget, 1..8u32, 0..2u32, context, prop_oneof![Just(0u32), 1..200u32]);
+    let config = config.prop_map(|(token_budget, rows_max, depth, context_tokens, answer_tokens)| Config {
         token_budget,
         rows_max,
         depth,
         context_tokens,
+        answer_tokens,
     });
     (config, 1..3u32, prop_oneof![2..8u32, 2..30u32], any::<bool>())
 }

@@ -4,8 +4,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use proptest::prelude::*;
 
+use tandem_types::ClaimId;
+
 use super::*;
-use crate::{Denied, Permit};
+use crate::wire::GRACE;
+use crate::{ByteRange, Denied, Permit};
 
 const REGION: usize = 32 << 20;
 const OWNER: Incarnation = Incarnation(7);
@@ -32,7 +35,8 @@ impl Gate for Open {
 async fn export() -> (Exported, Arc<AtomicUsize>) {
     let (gate, region) = (Open::default(), Arc::new(Region::anonymous(REGION).unwrap()));
     let out = gate.0.clone();
-    let exported = Tcp.export(region, Arc::new(gate), OWNER, Ipv4Addr::LOCALHOST.into()).await.unwrap();
+    let exported =
+        Tcp::default().export(region, Arc::new(gate), OWNER, Ipv4Addr::LOCALHOST.into()).await.unwrap();
     (exported, out)
 }
 
@@ -56,7 +60,7 @@ async fn until(out: &AtomicUsize, wanted: usize) {
 
 /// A stranger with a connection, who says the hello of a good puller.
 async fn lane(exported: &Exported) -> TcpStream {
-    let mut stream = seam::connect(address(exported)).await.unwrap();
+    let mut stream = seam::connect_tcp(address(exported)).await.unwrap();
     let mut hello = MAGIC.to_vec();
     hello.extend(&exported.export().blob[..24]);
     stream.write_all(&hello).await.unwrap();
@@ -81,7 +85,8 @@ fn request(count: u32, left: u32, ranges: &[(u64, u64)]) -> Vec<u8> {
 async fn pull_a_little(peer: &dyn Peer) -> Completion {
     let local = Arc::new(Region::anonymous(100).unwrap());
     let remote = vec![ByteRange { offset: 5, len: 100 }];
-    peer.pull(Pull { claim: ClaimId(1), remote, local, local_offsets: vec![0], deadline: soon() }).await
+    let (claim, local_offsets) = (ClaimId(1), vec![0]);
+    peer.pull(Pull { claim, remote, local, local_offsets, checksums: false, deadline: soon() }).await
 }
 
 #[tokio::test]
@@ -112,7 +117,7 @@ async fn a_request_that_is_too_long_is_refused_before_it_is_read() {
 async fn a_lane_of_another_export_is_refused() {
     let (exported, _) = export().await;
     for at in [0, 23] {
-        let mut stream = seam::connect(address(&exported)).await.unwrap();
+        let mut stream = seam::connect_tcp(address(&exported)).await.unwrap();
         let mut hello = [MAGIC, &exported.export().blob[..24]].concat();
         hello[4 + at] ^= 1;
         stream.write_all(&hello).await.unwrap();
@@ -125,7 +130,7 @@ async fn a_lane_of_another_export_is_refused() {
 #[tokio::test]
 async fn an_idle_lane_that_its_owner_has_closed_is_replaced() {
     let (exported, _) = export().await;
-    let peer = Tcp.connect(exported.export(), soon()).await.unwrap();
+    let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
     for _ in 0..3 {
         tokio::time::pause();
         tokio::time::advance(IDLE_MAX + Duration::from_secs(1)).await;
@@ -176,10 +181,10 @@ async fn connections_beyond_the_bound_wait_for_a_place() {
         lanes.push(lane(&exported).await);
     }
     let brief = seam::now() + Duration::from_millis(100);
-    let refused = Tcp.connect(exported.export(), brief).await.err().unwrap();
+    let refused = Tcp::default().connect(exported.export(), brief).await.err().unwrap();
     assert!(refused.to_string().contains("does not answer"), "{refused}");
     lanes.truncate(CONNECTIONS_MAX - 2);
-    let peer = Tcp.connect(exported.export(), soon()).await.unwrap();
+    let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
     assert_eq!(pull_a_little(&*peer).await.bytes, Ok(100));
 }
 
@@ -187,14 +192,15 @@ async fn connections_beyond_the_bound_wait_for_a_place() {
 async fn an_address_that_means_all_is_replaced_by_the_one_that_is_advertised() {
     let region = Arc::new(Region::anonymous(4096).unwrap());
     let everywhere = Ipv4Addr::UNSPECIFIED.into();
-    let mut exported = Tcp.export(region, Arc::new(Open::default()), OWNER, everywhere).await.unwrap();
+    let mut exported =
+        Tcp::default().export(region, Arc::new(Open::default()), OWNER, everywhere).await.unwrap();
     let (host, port) = address(&exported).rsplit_once(':').unwrap();
     assert_eq!(host, "127.0.0.1", "on this host that does");
     let port = port.to_owned();
-    Tcp.connect(exported.export(), soon()).await.unwrap();
+    Tcp::default().connect(exported.export(), soon()).await.unwrap();
     exported.advertise("localhost");
     assert_eq!(address(&exported), format!("localhost:{port}"));
-    Tcp.connect(exported.export(), soon()).await.unwrap();
+    Tcp::default().connect(exported.export(), soon()).await.unwrap();
     for six in ["::1", "[::1]"] {
         exported.advertise(six);
         assert_eq!(address(&exported), format!("[::1]:{port}"));
@@ -203,7 +209,7 @@ async fn an_address_that_means_all_is_replaced_by_the_one_that_is_advertised() {
 
 #[tokio::test]
 async fn somebody_else_at_the_address_is_not_taken_for_an_owner() {
-    let listener = seam::listen("127.0.0.1:0").await.unwrap();
+    let listener = seam::listen_tcp("127.0.0.1:0").await.unwrap();
     let mut blob = vec![0; 24];
     blob.extend(listener.local_addr().unwrap().to_string().into_bytes());
     let other = async {
@@ -212,8 +218,56 @@ async fn somebody_else_at_the_address_is_not_taken_for_an_owner() {
         stream
     };
     let export = Export { transport: NAME.to_owned(), blob };
-    let (refused, _stream) = tokio::join!(Tcp.connect(&export, soon()), other);
+    let tcp = Tcp::default();
+    let (refused, _stream) = tokio::join!(tcp.connect(&export, soon()), other);
     assert!(refused.err().unwrap().to_string().contains("not a lane of ours"));
+}
+
+/// Passes everything on, and turns one bit of the `at`th byte that the owner says.
+async fn tampers(listener: TcpListener, address: String, mut at: usize) {
+    let (mut puller, _) = listener.accept().await.unwrap();
+    let mut owner = seam::connect_tcp(&*address).await.unwrap();
+    let (mut asks, mut hears) = puller.split();
+    let (mut answers, mut passes) = owner.split();
+    let there = tokio::io::copy(&mut asks, &mut passes);
+    let back = async {
+        let mut buffer = [0; 4096];
+        loop {
+            let count = answers.read(&mut buffer).await.unwrap_or(0);
+            if count == 0 {
+                return;
+            }
+            if let Some(byte) = buffer[..count].get_mut(at) {
+                *byte ^= 4;
+            }
+            at = at.wrapping_sub(count);
+            hears.write_all(&buffer[..count]).await.unwrap();
+        }
+    };
+    let _ = tokio::join!(there, back);
+}
+
+#[tokio::test]
+async fn a_bit_that_turns_on_the_way_shows_in_the_checksum_of_its_range() {
+    let (exported, _) = export().await;
+    let listener = seam::listen_tcp("127.0.0.1:0").await.unwrap();
+    let mut export = exported.export().clone();
+    export.blob.truncate(24);
+    export.blob.extend(listener.local_addr().unwrap().to_string().into_bytes());
+    // After the hello and the status, in the second range.
+    let tampers = seam::spawn(tampers(listener, address(&exported).to_owned(), 14 + 1000 + 77));
+    let peer = Tcp::default().connect(&export, soon()).await.unwrap();
+    let local = Arc::new(Region::anonymous(3000).unwrap());
+    let remote = vec![ByteRange { offset: 0, len: 1000 }; 3];
+    let (claim, local_offsets) = (ClaimId(1), vec![0, 1000, 2000]);
+    let pull = Pull { claim, remote, local, local_offsets, checksums: true, deadline: soon() };
+    let good = crate::checksum(&[0; 1000]);
+    let first = peer.pull(pull.clone()).await.checksums;
+    assert_eq!((first[0], first[2]), (good, good));
+    assert_ne!(first[1], good);
+    assert_eq!(peer.pull(pull).await.checksums, [good; 3], "the second time it goes well");
+    drop(peer);
+    tampers.abort();
 }
 
 proptest! {
@@ -227,10 +281,10 @@ proptest! {
             let (exported, out) = export().await;
             let mut stream = match hello {
                 true => lane(&exported).await,
-                false => seam::connect(address(&exported)).await.unwrap(),
+                false => seam::connect_tcp(address(&exported)).await.unwrap(),
             };
             stream.write_all(&garbage).await.unwrap();
-            let peer = Tcp.connect(exported.export(), soon()).await.unwrap();
+            let peer = Tcp::default().connect(exported.export(), soon()).await.unwrap();
             assert_eq!(pull_a_little(&*peer).await.bytes, Ok(100));
             drop(stream);
             until(&out, 0).await;

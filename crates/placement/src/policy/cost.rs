@@ -36,7 +36,9 @@ pub struct Tuning {
     pub peer_pulls: bool,
 }
 
-fn env(k: &str, d: f64) -> f64 { std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d) }
+fn env(k: &str, d: f64) -> f64 {
+    std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d)
+}
 impl Default for Tuning {
     fn default() -> Self {
         Tuning {
@@ -145,8 +147,7 @@ impl Cost {
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
         let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
-        terms.first_token_loss =
-            self.tuning.miss_seconds * self.miss(first, request.first_token_seconds);
+        terms.first_token_loss = self.tuning.miss_seconds * self.miss(first, request.first_token_seconds);
         if c.role == Role::Decode {
             terms.role = self.tuning.prefill_on_decode_seconds;
         }
@@ -294,8 +295,7 @@ impl Cost {
 
     /// Every pair of candidates, for tests: `choose` looks at few of them.
     pub fn full_search(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
-        let everything =
-            Cost { tuning: Tuning { few: candidates.len().max(1), ..self.tuning.clone() } };
+        let everything = Cost { tuning: Tuning { few: candidates.len().max(1), ..self.tuning.clone() } };
         everything.cheapest(request, candidates)
     }
 
@@ -305,7 +305,9 @@ impl Cost {
         let costs = pairs.iter().map(|(p, d)| {
             (Route { prefill: p.at, decode: d.at }, self.join(p, d, request, candidates).sum())
         });
-        costs.min_by(|a, b| a.1.total_cmp(&b.1).then((a.0.prefill, a.0.decode).cmp(&(b.0.prefill, b.0.decode))))
+        costs.min_by(|a, b| {
+            a.1.total_cmp(&b.1).then((a.0.prefill, a.0.decode).cmp(&(b.0.prefill, b.0.decode)))
+        })
     }
 }
 
@@ -413,4 +415,3 @@ impl Policy for Cost {
         Explanation { chosen, reason, considered: shown.collect() }
     }
 }
-

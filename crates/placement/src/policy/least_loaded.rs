@@ -61,7 +61,11 @@ mod tests {
     fn choose(loads: &[(u32, u64)], ordinal: u64) -> usize {
         let candidates: Vec<Candidate> = loads
             .iter()
-            .map(|&(in_flight, waiting_tokens)| Candidate { in_flight, waiting_tokens, ..Candidate::default() })
+            .map(|&(in_flight, waiting_tokens)| Candidate {
+                in_flight,
+                waiting_tokens,
+                ..Candidate::default()
+            })
             .collect();
         let request = Request { ordinal, prompt_tokens: 8, max_tokens: 8, ..Request::default() };
         LeastLoaded.choose(&request, &candidates).expect("somebody can").prefill

@@ -124,11 +124,8 @@ impl Cluster<'_> {
                 let (rows, context) = w.batcher.decodes();
                 let (used, total) = w.batcher.blocks();
                 let tokens = self.workload.arrivals[id as usize].input;
-                let step = self.predicted.step(
-                    f64::from(rows + 1),
-                    0.0,
-                    context as f64 + f64::from(tokens) + 256.0,
-                );
+                let step =
+                    self.predicted.step(f64::from(rows + 1), 0.0, context as f64 + f64::from(tokens) + 256.0);
                 let usage = f64::from(used) / f64::from(total.max(1));
                 let room = usage + f64::from(tokens + 512) / (f64::from(total) * 32.0) < 0.8;
                 let queue_short = w.batcher.prompts() < 2;

@@ -1,17 +1,17 @@
 //! What a step, or the passing of time, has changed: from the batcher's and the leases' events to output.
 
-use tandem_batching::{Event, Origin};
+use tandem_batching::Event;
 use tandem_kv_cache::{Effect, EndedWhy, FirstTokenBundle};
 use tandem_proto::{convert, v1};
-use tandem_types::{BLOCK_TOKENS, GroupPages, Handle, LeaseId, Time, Until, Usage, blocks_for};
+use tandem_types::{GroupPages, LeaseId, Time, Until, Usage, blocks_for};
 
-use super::legs::{Finish, Stage, StageName};
+use super::legs::{Finish, Purpose, Stage, StageName};
 use super::{Core, Output};
 use tandem_batching::SequenceId;
 
 impl Core {
     /// Turns everything the batcher has to say into output.
-    pub(super) fn absorb(&mut self, now: Time, zero_tail: &mut dyn FnMut(u32, u32, u32)) {
+    pub(super) fn absorb(&mut self, now: Time) {
         for event in self.batcher.take_events() {
             match event {
                 Event::Admitted { id, cached_tokens } => self.admitted_sequence(id, cached_tokens, now),
@@ -36,7 +36,7 @@ impl Core {
                     leg.stage = Stage::HandedOff;
                     match reason {
                         Some(reason) => self.remove_leg(id, Finish::Finished(reason, usage), now),
-                        None => self.seal(id, usage, now, zero_tail),
+                        None => self.seal(id, usage, now),
                     }
                 }
                 Event::Preempted { id } => self.leave_batcher(id, Finish::Preempted, now),
@@ -62,7 +62,7 @@ impl Core {
     }
 
     /// Pages are reserved: a prompt that will be handed off is granted at once.
-    fn admitted_sequence(&mut self, id: SequenceId, cached_tokens: u32, now: Time) {
+    pub(super) fn admitted_sequence(&mut self, id: SequenceId, cached_tokens: u32, now: Time) {
         let Some(leg) = self.legs.get_mut(&id) else { return };
         leg.cached_tokens = leg.cached_tokens.max(cached_tokens);
         let (until, handed_over) = (leg.until, leg.first_token_at.is_some());
@@ -90,37 +90,19 @@ impl Core {
         self.kv.progress(lease, cached);
         self.by_lease.insert(lease, id);
         self.legs.get_mut(&id).expect("looked up above").lease = Some((lease, groups.clone()));
-        let constants = &self.constants;
-        let handle = Handle {
-            lease,
-            owner: constants.id.clone(),
-            incarnation: constants.incarnation,
-            lender: constants.lender.clone(),
-            exports: constants.exports.clone(),
-            identity: constants.identity.clone(),
-            form: constants.form.clone(),
-            groups,
-            tokens,
-        };
+        let handle = self.handle(lease, groups, tokens);
         let granted = v1::Granted { handle: Some((&handle).into()), cached_tokens: cached };
         self.push_event(session, name, v1::event::Event::Granted(granted));
     }
 
     /// Prefill is done and the first token drawn: the lease can be pulled whole.
-    fn seal(&mut self, id: SequenceId, usage: Usage, now: Time, zero_tail: &mut dyn FnMut(u32, u32, u32)) {
+    fn seal(&mut self, id: SequenceId, usage: Usage, now: Time) {
         let leg = &self.legs[&id];
-        let (Some((lease, groups)), Some(sampled)) = (&leg.lease, &leg.last) else {
+        let (Some((lease, _)), Some(sampled)) = (&leg.lease, &leg.last) else {
             // The lease was ended while the last chunk ran; its end has cancelled the leg already.
             self.remove_leg(id, Finish::HandedOff, now);
             return;
         };
-        let rows = leg.known_tokens % BLOCK_TOKENS;
-        if rows != 0 {
-            for group in groups {
-                let tail = group.pages.last().expect("a prompt has at least one page");
-                zero_tail(group.group, tail.page, rows);
-            }
-        }
         let bundle = FirstTokenBundle { sampled: sampled.clone(), usage };
         self.kv.seal(*lease, leg.known_tokens, bundle, now);
     }
@@ -141,11 +123,15 @@ impl Core {
     fn carry(&mut self, effect: Effect, now: Time) {
         use v1::follow_event::Event as Follow;
         let (claim, event, last) = match effect {
-            Effect::Ready { claim, group, first, count } => (
-                claim,
-                Follow::Ready(v1::Ready { group, shard: 0, first, count, checksums: Vec::new() }),
-                false,
-            ),
+            Effect::Ready { claim, group, first, count } => {
+                let pages = self.kv.claimed_pages(claim, group);
+                let pages = pages.get(first as usize..(first + count) as usize).unwrap_or_default();
+                // All or none: a puller without them checks nothing.
+                let sums: Option<Vec<u64>> =
+                    pages.iter().map(|page| self.sums.get(group, page.page)).collect();
+                let checksums = sums.unwrap_or_default();
+                (claim, Follow::Ready(v1::Ready { group, shard: 0, first, count, checksums }), false)
+            }
             Effect::Sealed { claim, tokens, bundle } => {
                 let first_token = v1::FirstToken {
                     token: bundle.sampled.token,
@@ -178,14 +164,14 @@ impl Core {
             };
             self.end_leg(id, finish, now);
         }
-        self.begin_waiting_grants();
+        self.begin_waiting_grants(now);
     }
 
     /// Hands first-token prompts to the batcher, oldest first, as far as the leased share allows.
     ///
     /// One at a time beyond the share always fits (a lease that would be the only one is granted), so the
     /// head of this queue can wait only for leases that exist, and those end.
-    pub(super) fn begin_waiting_grants(&mut self) {
+    pub(super) fn begin_waiting_grants(&mut self, now: Time) {
         while let Some(&id) = self.waiting_grants.front() {
             let reserved: u32 =
                 self.legs.values().filter(|leg| leg.awaits_grant()).map(|l| blocks_for(l.known_tokens)).sum();
@@ -198,7 +184,7 @@ impl Core {
             let Stage::WaitingForShare { spec } = std::mem::replace(&mut leg.stage, Stage::Running) else {
                 unreachable!("only waiting legs are queued");
             };
-            self.batcher.add(*spec, Origin::Fresh);
+            self.compute(id, *spec, now);
         }
     }
 }
@@ -206,6 +192,11 @@ impl Core {
 impl super::legs::Leg {
     /// In the batcher, to be granted when admitted.
     fn awaits_grant(&self) -> bool {
-        matches!(self.stage, Stage::Running) && self.until == Until::FirstToken && self.lease.is_none()
+        let computes = match self.stage {
+            Stage::Running => true,
+            Stage::Pulling { purpose, .. } => matches!(purpose, Purpose::Borrow { .. }),
+            _ => false,
+        };
+        computes && self.until == Until::FirstToken && self.lease.is_none()
     }
 }

@@ -4,9 +4,11 @@ use tandem_batching::{SequenceId, SequenceSpec};
 use tandem_kv_cache::Table;
 use tandem_proto::v1;
 use tandem_types::{
-    Attempt, FinishReason, GroupPages, Handle, LeaseId, LegKey, PageRef, Sampled, Time, Until, Usage,
+    Attempt, BlockHash, FinishReason, GroupPages, Handle, LeaseId, LegKey, PageRef, Sampled, Time, Until,
+    Usage,
 };
 
+use super::borrow::Holder;
 use super::{Core, Output, SessionId};
 
 /// An attempt that is live on this worker.
@@ -29,6 +31,8 @@ pub(super) struct Leg {
     pub traceparent: Option<String>,
     pub request_name: String,
     pub first_token_at: Option<Time>,
+    /// Who else may hold its first blocks.
+    pub holders: Vec<Holder>,
 }
 
 /// Where a leg is.
@@ -39,13 +43,22 @@ pub(super) enum Stage {
     /// A prompt to compute and grant, waiting for room under the leased share.
     WaitingForShare { spec: Box<SequenceSpec> },
     /// Bytes are coming into `table`.
-    Pulling { spec: Box<SequenceSpec>, table: Table },
+    Pulling { spec: Box<SequenceSpec>, table: Table, purpose: Purpose },
     /// In the batcher.
     Running,
     /// Prefilled and sealed; the lease waits for a puller.
     HandedOff,
     /// Cancelled while bytes were coming: the pages are free when the pull says that it stopped.
     Stopping { table: Table },
+}
+
+/// What bytes are pulled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Purpose {
+    /// The whole prompt was computed elsewhere: go on from it.
+    TakeOver,
+    /// The first blocks were; `computed` tokens are in the table whatever comes of it.
+    Borrow { computed: u32 },
 }
 
 /// Why a leg leaves.
@@ -114,16 +127,30 @@ pub struct StageChange {
     pub request_name: String,
 }
 
-/// A hand-off to pull.
+/// Where bytes come from.
+#[derive(Clone, Debug)]
+pub enum PullSource {
+    /// From pages under a lease that was granted for this.
+    Handle(Handle),
+    /// From whoever is said to hold these blocks, if it lends them.
+    Holder {
+        /// Who.
+        holder: Holder,
+        /// The blocks, from the prompt's first.
+        hashes: Vec<BlockHash>,
+    },
+}
+
+/// Bytes to pull.
 #[derive(Debug)]
 pub struct PullOrder {
     /// The sequence that waits for it.
     pub sequence: SequenceId,
     /// Whose KV, and where.
-    pub handle: Handle,
+    pub source: PullSource,
     /// The attempt under which to claim.
     pub attempt: Attempt,
-    /// Where it goes, per group; same length as the handle's pages.
+    /// Where it goes, per group; as long as the handle's pages, or as the hashes.
     pub local: Vec<Vec<PageRef>>,
     /// Leading blocks that are here already.
     pub skip_blocks: u32,

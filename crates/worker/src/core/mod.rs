@@ -4,14 +4,17 @@
 //! argument. The rim (`shared`, `session`, `lender`, `pull`) holds the one lock and carries the output away.
 
 mod absorb;
+mod borrow;
 mod legs;
 mod pulls;
 mod start;
 #[cfg(test)]
 mod tests;
+mod whole;
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use tandem_batching::{Batcher, Outcome, Plan, SequenceId};
 use tandem_kv_cache::{KvCache, Verdict};
@@ -21,9 +24,11 @@ use tandem_types::{
     WorkerId, WorkerState,
 };
 
+pub use borrow::{Costs, Holder};
 use legs::Leg;
-pub use legs::{Finish, LegReport, PullOrder, StageChange, StageName};
+pub use legs::{Finish, LegReport, PullOrder, PullSource, StageChange, StageName};
 pub use pulls::PullFailure;
+pub use whole::{CompletedPage, PageSum};
 
 /// One Session stream, numbered by this worker.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -71,8 +76,23 @@ pub enum Output {
     CloseSession(SessionId),
     /// A leg enters a stage: for spans.
     Stage(Box<StageChange>),
+    /// A leg's pull has ended well: for spans.
+    Transferred { sequence: SequenceId, transfer: Transfer },
     /// A leg is over: for metrics and spans.
     Left(LegReport),
+}
+
+/// What a pull that ended well moved, and what of it the owner's computing did not hide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Transfer {
+    /// Bytes that came.
+    pub bytes: u64,
+    /// Time in which bytes were moving.
+    pub busy: Duration,
+    /// Bytes that came after the owner had sealed the lease.
+    pub exposed_bytes: u64,
+    /// From the seal to the verdict.
+    pub exposed: Duration,
 }
 
 /// A router's stream, as far as decisions go.
@@ -124,6 +144,8 @@ pub struct Core {
     sessions: BTreeMap<SessionId, Session>,
     next_session: u64,
     next_sequence: u64,
+    sums: whole::PageSums,
+    costs: Costs,
     /// Draws lease ids; the seam of randomness.
     draw_id: Box<dyn FnMut() -> u128 + Send>,
     output: Vec<Output>,
@@ -138,7 +160,10 @@ impl Core {
         batcher: Batcher,
         draw_id: Box<dyn FnMut() -> u128 + Send>,
     ) -> Core {
+        let pages = kv.counts().total;
         Core {
+            sums: whole::PageSums::new(constants.groups, pages),
+            costs: Costs::new(constants.form.page_bytes.iter().sum()),
             constants: Arc::new(constants),
             role,
             epoch: Epoch(0),
@@ -312,28 +337,30 @@ impl Core {
     pub fn plan(&mut self, now: Time) -> Option<Plan> {
         self.expire(now);
         self.begin_waiting_pulls(now);
-        self.begin_waiting_grants();
+        self.begin_waiting_grants(now);
         let plan = self.batcher.plan(&mut self.kv, now);
-        self.absorb(now, &mut |_, _, _| unreachable!("only a finished step seals"));
+        self.absorb(now);
         plan
     }
 
-    /// A step is done. `zero_tail(group, page, rows)` clears a page beyond its first `rows` rows.
-    pub fn collected(&mut self, outcome: Outcome, now: Time, zero_tail: &mut dyn FnMut(u32, u32, u32)) {
+    /// A step is done. What `completing` named has been zeroed and summed: `sums`, empty where checksums are off.
+    pub fn collected(&mut self, outcome: Outcome, sums: &[PageSum], now: Time) {
+        self.note_sums(sums.iter().copied());
         self.batcher.apply(&mut self.kv, outcome, now);
-        self.absorb(now, zero_tail);
+        self.absorb(now);
     }
 
     /// A step failed as a whole.
     pub fn step_failed(&mut self, ticket: u64, now: Time) {
         self.batcher.fail(&mut self.kv, ticket, now);
-        self.absorb(now, &mut |_, _, _| unreachable!("a failed step seals nothing"));
+        self.absorb(now);
     }
 
     /// When something is due although no message came: a lease, a deadline.
     pub fn next_deadline(&self) -> Option<Time> {
         let legs = self.legs.values().map(|leg| leg.deadline).min();
-        [legs, self.kv.next_expiry(), self.batcher.next_deadline()].into_iter().flatten().min()
+        let due = [legs, self.kv.next_expiry(), self.batcher.next_deadline(), self.next_roomless()];
+        due.into_iter().flatten().min()
     }
 
     /// Ends what is overdue.
@@ -348,6 +375,7 @@ impl Core {
                 now,
             );
         }
+        self.refuse_roomless(now);
         self.settle(now);
     }
 
@@ -383,6 +411,11 @@ impl Core {
         let verdict = self.kv.end(lease, claim, complete, now);
         self.settle(now);
         verdict
+    }
+
+    /// Bookkeeping of pages, to look at.
+    pub fn kv_ref(&self) -> &KvCache {
+        &self.kv
     }
 
     /// Bookkeeping of pages, for the gate that lets a transport read under a claim.

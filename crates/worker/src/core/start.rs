@@ -3,10 +3,16 @@
 use tandem_batching::{Origin, SequenceId, SequenceSpec};
 use tandem_kv_cache::{FirstTokenBundle, Table, chain_seed};
 use tandem_proto::{convert, v1};
-use tandem_types::{Attempt, Choice, Handle, LegKey, RequestId, ServiceClass, Time, Until, WorkerState};
+use tandem_types::{
+    Attempt, Choice, Handle, Incarnation, LegKey, RequestId, ServiceClass, Time, Until, WorkerId, WorkerState,
+};
 
+use super::borrow::Holder;
 use super::legs::{Finish, Leg, Stage, StageName};
 use super::{Core, SessionId};
+
+/// Holders of a prompt's prefix that are looked at.
+const HOLDERS_MAX: usize = 16;
 
 /// A refusal: why, and a sentence for the caller.
 type Refusal = (v1::RefuseReason, String);
@@ -70,6 +76,7 @@ impl Core {
                 traceparent: Some(start.traceparent).filter(|t| !t.is_empty()),
                 request_name: start.request_name,
                 first_token_at: None,
+                holders: read_holders(&start.holders),
             },
         );
         self.by_name.insert((session, start.leg), id);
@@ -94,9 +101,9 @@ impl Core {
                 let leg = self.legs.get_mut(&id).expect("inserted above");
                 leg.stage = Stage::WaitingForShare { spec: Box::new(spec) };
                 self.waiting_grants.push_back(id);
-                self.begin_waiting_grants();
+                self.begin_waiting_grants(now);
             }
-            None => self.batcher.add(spec, Origin::Fresh),
+            None => self.compute(id, spec, now),
         }
         Ok(())
     }
@@ -259,6 +266,16 @@ impl Core {
         self.push_delta(session, name, position, &bundle.sampled);
         self.batcher.add(spec, Origin::Computed { table, computed });
     }
+}
+
+fn read_holders(holders: &[v1::Holder]) -> Vec<Holder> {
+    let read = |holder: &v1::Holder| Holder {
+        worker: WorkerId(holder.worker.clone()),
+        incarnation: Incarnation(holder.incarnation),
+        lender: holder.lender.clone(),
+        blocks: holder.blocks,
+    };
+    holders.iter().take(HOLDERS_MAX).map(read).collect()
 }
 
 fn read_handle(start: &v1::Start) -> Result<Option<Handle>, Refusal> {

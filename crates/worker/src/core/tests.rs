@@ -11,7 +11,7 @@ use tandem_types::{
 };
 use v1::event::Event;
 
-use super::{Constants, Core, Output, PullFailure, PullOrder, SessionId};
+use super::{CompletedPage, Constants, Core, Output, PageSum, PullFailure, PullOrder, SessionId};
 
 const INCARNATION: Incarnation = Incarnation(77);
 
@@ -67,7 +67,7 @@ impl Worker {
     fn step(&mut self, token: u32) -> Vec<String> {
         let Some(plan) = self.core.plan(self.now) else { return self.said() };
         let outcome = outcome(&plan, token);
-        self.core.collected(outcome, self.now, &mut |_, _, _| {});
+        self.core.collected(outcome, &[], self.now);
         self.said()
     }
 
@@ -128,7 +128,7 @@ fn say(output: &Output) -> Option<String> {
         Output::Pull(_) => Some("pull".into()),
         Output::StopPull(_) => Some("stop pull".into()),
         Output::CloseSession(_) => Some("close session".into()),
-        Output::Stage(_) | Output::Left(_) => None,
+        Output::Stage(_) | Output::Transferred { .. } | Output::Left(_) => None,
     }
 }
 
@@ -177,14 +177,24 @@ fn a_prefill_is_granted_sealed_pulled_and_released() {
     let handle = w.handle();
     assert_eq!((handle.tokens, handle.groups[0].pages.len()), (40, 2));
     assert!(w.core.follow(handle.lease, Attempt(2), ClaimId(9), w.now));
-    w.core.collected(outcome(&plan, 7), w.now, &mut |group, page, rows| {
-        assert_eq!(
-            (group, page, rows),
-            (0, handle.groups[0].pages[1].page, 8),
-            "the tail is zeroed before the seal"
-        );
+    let pages: Vec<u32> = handle.groups[0].pages.iter().map(|page| page.page).collect();
+    let whole = |page, rows| CompletedPage { group: 0, page, rows };
+    assert_eq!(w.core.completing(), [whole(pages[0], 32), whole(pages[1], 8)], "the tail is to be zeroed");
+    let sums = pages.iter().map(|&page| PageSum { group: 0, page, checksum: u64::from(page) + 1000 });
+    w.core.collected(outcome(&plan, 7), &sums.collect::<Vec<_>>(), w.now);
+    let output = w.core.take_output();
+    let sent = output.iter().filter_map(|output| match output {
+        Output::Follow { event: v1::follow_event::Event::Ready(ready), .. } => Some(ready.checksums.clone()),
+        _ => None,
     });
-    assert_eq!(w.said(), ["1: delta 0=[7]", "ready", "ready", "sealed"]);
+    let expected: Vec<u64> = pages.iter().map(|&page| u64::from(page) + 1000).collect();
+    assert_eq!(
+        sent.flatten().collect::<Vec<_>>(),
+        expected,
+        "checksums go with the word that pages are whole"
+    );
+    let said: Vec<String> = output.iter().filter_map(say).collect();
+    assert_eq!(said, ["1: delta 0=[7]", "ready", "ready", "sealed"]);
     assert_eq!(w.core.end_claim(handle.lease, ClaimId(9), true, w.now), Verdict::Held);
     assert_eq!(w.said(), ["1: released"]);
     w.assert_idle();
@@ -201,7 +211,7 @@ fn a_hand_off_is_pulled_and_its_first_delta_repeats_the_bundles_token() {
     d.core.start(d.session, with_handle(start(4, 2, v1::Until::End), &handle), d.now);
     let order = d.pull();
     assert_eq!((order.attempt, order.skip_blocks, order.local[0].len()), (Attempt(2), 0, 2));
-    d.core.pull_done(order.sequence, 40, bundle(7), d.now);
+    d.core.pull_done(order.sequence, 40, bundle(7), Vec::new(), d.now);
     assert_eq!(d.said(), ["4: delta 0=[7]"]);
     assert_eq!(d.step(8), ["4: delta 1=[8]"]);
     assert_eq!(d.step(99), ["4: delta 2=[99]", "4: finished FINISH_REASON_EOS", "4: released"]);
@@ -214,7 +224,7 @@ fn what_a_worker_granted_itself_it_takes_over_without_a_pull() {
     w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
     let plan = w.core.plan(w.now).expect("a prompt");
     let handle = w.handle();
-    w.core.collected(outcome(&plan, 7), w.now, &mut |_, _, _| {});
+    w.core.collected(outcome(&plan, 7), &[], w.now);
     w.said();
     assert_eq!(w.start(with_handle(start(2, 2, v1::Until::End), &handle)), ["2: delta 0=[7]", "1: released"]);
     w.step(8);
@@ -230,7 +240,7 @@ fn a_cancel_frees_everything_at_every_stage() {
         w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
         let plan = (steps > 0).then(|| w.core.plan(w.now).expect("a prompt"));
         if let (Some(plan), true) = (&plan, steps > 1) {
-            w.core.collected(outcome(plan, 7), w.now, &mut |_, _, _| {});
+            w.core.collected(outcome(plan, 7), &[], w.now);
         }
         w.core.take_output();
         w.core.cancel(w.session, 1, w.now);
@@ -238,7 +248,7 @@ fn a_cancel_frees_everything_at_every_stage() {
         if let (Some(plan), 1) = (&plan, steps) {
             // The step that was running names its pages until it is collected.
             assert_eq!(w.core.load().blocks_in_use, 2);
-            w.core.collected(outcome(plan, 7), w.now, &mut |_, _, _| {});
+            w.core.collected(outcome(plan, 7), &[], w.now);
             assert!(w.said().is_empty());
         }
         w.assert_idle();
@@ -269,6 +279,7 @@ fn a_pull_that_fails_says_why_and_holds_nothing() {
         (PullFailure::Unreachable("x".into()), "4: refused REFUSE_REASON_UNREACHABLE"),
         (PullFailure::Incompatible("x".into()), "4: refused REFUSE_REASON_INCOMPATIBLE"),
         (PullFailure::Transfer("x".into()), "4: failed FAIL_REASON_TRANSFER"),
+        (PullFailure::Corrupt("x".into()), "4: failed FAIL_REASON_CORRUPT"),
         (PullFailure::Lost("x".into()), "4: failed FAIL_REASON_LEASE_LOST"),
         (PullFailure::Superseded, "4: failed FAIL_REASON_SUPERSEDED"),
     ];
@@ -291,7 +302,7 @@ fn losing_the_session_cancels_its_legs_and_ends_its_leases() {
     let mut w = Worker::new("w");
     w.core.start(w.session, start(1, 1, v1::Until::FirstToken), w.now);
     let plan = w.core.plan(w.now).expect("a prompt");
-    w.core.collected(outcome(&plan, 7), w.now, &mut |_, _, _| {});
+    w.core.collected(outcome(&plan, 7), &[], w.now);
     w.core.take_output();
     assert_eq!(w.core.load().leases, 1);
     w.core.close_session(w.session, w.now);
@@ -332,7 +343,7 @@ fn an_overdue_leg_fails_and_an_unwanted_lease_expires() {
     w.core.start(w.session, start(2, 2, v1::Until::FirstToken), w.now);
     let plan = w.core.plan(w.now).expect("a prompt");
     let handle = w.handle();
-    w.core.collected(outcome(&plan, 7), w.now, &mut |_, _, _| {});
+    w.core.collected(outcome(&plan, 7), &[], w.now);
     w.said();
     w.now = Time::from_millis(9_000);
     w.core.renew([handle.lease, LeaseId(1000)].into_iter(), w.now);
@@ -402,4 +413,98 @@ fn a_failed_step_fails_its_legs_only() {
     w.core.step_failed(plan.id, w.now);
     assert_eq!(w.said(), ["1: failed FAIL_REASON_ENGINE"]);
     assert_eq!(w.step(7), ["2: delta 0=[7]"]);
+}
+
+#[test]
+fn a_hand_off_without_room_is_sent_back_when_nothing_here_will_make_any() {
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let handle = p.handle();
+    let mut d = Worker::new("d");
+    // A lease on 31 of 32 blocks: it would be the only one.
+    d.start(prompt(2, 31, v1::Until::FirstToken));
+    d.step(7);
+    d.step(7);
+    assert!(d.start(with_handle(start(4, 2, v1::Until::End), &handle)).is_empty(), "it waits");
+    assert_eq!(d.core.next_deadline(), Some(Time::from_millis(1_000)));
+    d.now = Time::from_millis(999);
+    assert!(d.step(0).is_empty());
+    d.now = Time::from_millis(1_000);
+    assert_eq!(d.step(0), ["4: refused REFUSE_REASON_OVERLOADED"]);
+    d.core.cancel(d.session, 2, d.now);
+    d.assert_idle();
+}
+
+#[test]
+fn two_workers_that_hold_leases_for_each_other_both_go_on_with_their_own() {
+    // Each has computed a prompt of three quarters of its pool, and each is to take the other's over.
+    let mut workers = [Worker::new("a"), Worker::new("b")];
+    let handles: Vec<Handle> = (1u32..)
+        .zip(&mut workers)
+        .map(|(leg, w)| {
+            w.core.start(w.session, prompt(leg, 24, v1::Until::FirstToken), w.now);
+            let mut handle = None;
+            while handle.is_none() || w.core.load().waiting_tokens > 0 {
+                let plan = w.core.plan(w.now).expect("a prompt to compute");
+                handle.get_or_insert_with(|| w.handle());
+                w.core.collected(outcome(&plan, 7), &[], w.now);
+            }
+            w.said();
+            handle.expect("granted with the first plan")
+        })
+        .collect();
+    let take = |leg: u32, handle: &Handle| {
+        let end = v1::Start { leg: leg + 10, attempt: leg + 1, ..prompt(leg, 24, v1::Until::End) };
+        with_handle(end, handle)
+    };
+    let [a, b] = &mut workers;
+    assert!(
+        a.start(take(2, &handles[1])).is_empty() && b.start(take(1, &handles[0])).is_empty(),
+        "both wait"
+    );
+    for w in [&mut *a, &mut *b] {
+        w.now = Time::from_millis(1_000);
+        assert!(w.step(0).concat().contains("refused REFUSE_REASON_OVERLOADED"));
+    }
+    // What their router does then: another worker, and the owner is one.
+    assert_eq!(a.start(v1::Start { attempt: 9, ..take(1, &handles[0]) }), ["11: delta 0=[7]", "1: released"]);
+    assert_eq!(b.start(v1::Start { attempt: 9, ..take(2, &handles[1]) }), ["12: delta 0=[7]", "2: released"]);
+    for w in [a, b] {
+        w.step(8);
+        w.step(9);
+        w.assert_idle();
+    }
+}
+
+#[test]
+fn a_hand_off_does_not_pass_an_older_prompt_that_waits_for_room() {
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let handle = p.handle();
+    let mut d = Worker::new("d");
+    d.start(prompt(2, 20, v1::Until::End));
+    while d.step(7).is_empty() {}
+    d.now = Time::from_millis(10);
+    d.start(prompt(3, 12, v1::Until::End));
+    d.step(7);
+    assert_eq!((d.core.load().running, d.core.load().waiting), (1, 1));
+    // There is room for the hand-off, but the prompt of twelve blocks came first.
+    d.now = Time::from_millis(20);
+    assert_eq!(d.start(with_handle(start(4, 2, v1::Until::End), &handle)), [""; 0]);
+    assert_eq!(d.step(7), ["2: delta 2=[7]", "2: finished FINISH_REASON_LENGTH", "2: released"]);
+    let said = d.step(7);
+    assert_eq!((said.concat().contains("pull"), d.core.load().running), (false, 1), "{said:?}");
+    assert!(d.step(7).contains(&"pull".to_owned()));
+}
+
+/// A Start of leg `leg` for a prompt of whole blocks that no other leg's prompt begins like.
+fn prompt(leg: u32, blocks: u32, until: v1::Until) -> v1::Start {
+    v1::Start {
+        request: convert::id128(u128::from(leg)),
+        tokens: (0..blocks * 32).map(|token| token + leg * 1000).collect(),
+        prompt_tokens: blocks * 32,
+        ..start(leg, 1, until)
+    }
 }

@@ -26,7 +26,7 @@ fn options_are_a_filter_and_a_lane() {
 
 #[test]
 fn a_wrong_option_names_the_right_ones() {
-    assert!(given(&["--lane", "etc"]).unwrap_err().contains("rust, etcd, openai, doc"));
+    assert!(given(&["--lane", "etc"]).unwrap_err().contains("rust, etcd, openai, model, doc"));
     assert!(given(&["--lane"]).unwrap_err().contains("rust, etcd"));
     assert!(given(&["--lanes=etcd"]).unwrap_err().contains("--lane NAME"));
     assert!(given(&["--release"]).unwrap_err().contains("--lane NAME"));
@@ -42,6 +42,8 @@ fn every_test_belongs_to_one_lane() {
     assert!(told("etcd", None, false).ends_with("-- etcd --skip openai"));
     assert!(told("openai", Some("chat"), false).ends_with("-- chat --skip etcd"));
     assert_eq!(told("doc", None, true), told("doc", None, false));
+    assert!(told("model", None, true).contains("--package tandem-kv-cache --test model"));
+    assert!(told("model", Some("lent"), false).ends_with("-- --nocapture lent"));
     assert!(told("doc", Some("Lease"), true).ends_with("--doc -- Lease"));
 }
 

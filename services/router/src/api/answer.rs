@@ -13,7 +13,7 @@ use tandem_types::{Choice, FinishReason, RequestId, Sampled, StopRules, TokenId,
 use super::error::ApiError;
 use super::parameters::Parameters;
 use super::{App, RequestName, deadline};
-use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, Route};
+use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, PromptShare, Route};
 use crate::text::{Detokenizer, Model, StopStrings};
 
 /// What a choice has to say next.
@@ -79,7 +79,8 @@ impl Answer {
         for prompt in &prompts {
             let stop = parameters.stop_rules(&app.model, prompt.len(), prompt_param)?;
             let id = RequestId(seam::random_u128());
-            for choice in 0..parameters.n {
+            let shares = PromptShare::among(parameters.n, prompt.len());
+            for (choice, share) in (0..parameters.n).zip(shares) {
                 requests.push(GenerateRequest {
                     id,
                     name: name.0.clone(),
@@ -93,6 +94,7 @@ impl Answer {
                     salt: Vec::new(),
                     arrived,
                     traceparent: traceparent.clone(),
+                    share,
                 });
             }
         }
@@ -115,8 +117,11 @@ impl Answer {
         if let Step::Piece(piece) | Step::End(piece, _) = &step {
             self.output_tokens += piece.tokens.len() as u32;
         }
-        if let Step::End(_, finish) = &step {
-            self.cached_tokens = self.cached_tokens.max(finish.cached_tokens);
+        if let Step::End(_, finish) = &step
+            && index.is_multiple_of(self.choices / self.prompts.len())
+        {
+            // What the other choices of a prompt found cached, its first choice has computed.
+            self.cached_tokens += finish.cached_tokens;
         }
         Some((index, step))
     }

@@ -1,2 +1,4 @@
 //! placeholder
-pub fn print(_: &str, _: Option<&std::path::Path>) -> Result<(), String> { Ok(()) }
+pub fn print(_: &str, _: Option<&std::path::Path>) -> Result<(), String> {
+    Ok(())
+}

@@ -145,7 +145,8 @@ fn simulate(config: &SimConfig) -> Result<(), String> {
     print!("{}", table::text(&done));
     if let Some(path) = &config.json {
         let list: Vec<_> = done.iter().map(|run| run.outcome.json(&run.name, &run.run)).collect();
-        let text = serde_json::to_string_pretty(&serde_json::json!({ "runs": list })).map_err(|e| e.to_string())?;
+        let text =
+            serde_json::to_string_pretty(&serde_json::json!({ "runs": list })).map_err(|e| e.to_string())?;
         std::fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))?;
     }
     if let Some(path) = &config.html {

@@ -47,7 +47,10 @@ fn figures(done: &Done) -> String {
             .filter(|(_, value)| value.is_finite())
             .map(|(at, value)| format!("{:.1},{:.1}", x(*at), HEIGHT - value / most * HEIGHT))
             .collect();
-        format!("<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\" points=\"{}\"/>", points.join(" "))
+        format!(
+            "<polyline fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.5\" points=\"{}\"/>",
+            points.join(" ")
+        )
     };
     let over = |of: fn(&tandem_simulator::report::Sample) -> f64| -> Vec<(f64, f64)> {
         samples.iter().map(|sample| (sample.at.as_secs_f64(), of(sample))).collect()
@@ -67,7 +70,9 @@ fn figures(done: &Done) -> String {
         line(over(|s| s.attainment), 1.0, "#1f77b4"),
     );
     let queued = figure(
-        &format!("queued prompts, up to {queue_most:.1} s of work (orange); decodes, up to {rows_most:.0} (green)"),
+        &format!(
+            "queued prompts, up to {queue_most:.1} s of work (orange); decodes, up to {rows_most:.0} (green)"
+        ),
         line(queues, queue_most, "#e67e22") + &line(rows, rows_most, "#2a9d4a"),
     );
     let all = samples.iter().map(|s| s.roles.iter().sum::<u32>()).max().unwrap_or(1).max(1);

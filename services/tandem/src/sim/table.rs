@@ -3,7 +3,18 @@
 use super::runs::Done;
 
 const HEAD: [&str; 12] = [
-    "RUN", "SPLIT", "ORDER", "SCALE", "ATTAINED", "GOODPUT/S", "TTFT P50", "P90", "P99", "TPOT P50", "P99", "FLIPS",
+    "RUN",
+    "SPLIT",
+    "ORDER",
+    "SCALE",
+    "ATTAINED",
+    "GOODPUT/S",
+    "TTFT P50",
+    "P90",
+    "P99",
+    "TPOT P50",
+    "P99",
+    "FLIPS",
 ];
 
 pub fn text(runs: &[Done]) -> String {
@@ -50,7 +61,10 @@ pub fn text(runs: &[Done]) -> String {
             text += &format!("{}: {} offline tokens\n", done.name, outcome.offline_tokens);
         }
         if outcome.unfinished > 0 {
-            text += &format!("{}: {} requests did not end; they count as missed\n", done.name, outcome.unfinished);
+            text += &format!(
+                "{}: {} requests did not end; they count as missed\n",
+                done.name, outcome.unfinished
+            );
         }
     }
     text
