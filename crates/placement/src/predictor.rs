@@ -88,40 +88,41 @@ const MEMORY_STEPS: f64 = 2_000.0;
 const OUTLIER: f64 = 8.0;
 
 /// A predictor that learns. It starts from a profile and corrects it by recursive least squares on relative
-/// errors, one fit per line of the maximum, so that steps bound by memory teach nothing about arithmetic.
+/// errors; a step bound by memory teaches nothing about the line that is bound by arithmetic.
 #[derive(Clone, Debug)]
 pub struct Predictor {
     prior: StepTime,
-    /// Factors on `a0`, `a1`, `a2`, and on `b0`, `b1`, `b2`; the terms `a2`, `b2` are in both lines.
-    compute: Fit,
-    memory: Fit,
+    fit: Fit,
     error: f64,
     measured: u64,
 }
 
-/// Recursive least squares for four factors on the four terms of one line.
+/// Numbers of a step time.
+const TERMS: usize = 6;
+
+/// Recursive least squares for the factors on `a0`, `a1`, `a2`, `b0`, `b1` and `b2`.
 #[derive(Clone, Debug)]
 struct Fit {
-    factors: [f64; 4],
-    covariance: [[f64; 4]; 4],
+    factors: [f64; TERMS],
+    covariance: [[f64; TERMS]; TERMS],
 }
 
 impl Fit {
     fn new() -> Fit {
-        let mut covariance = [[0.0; 4]; 4];
+        let mut covariance = [[0.0; TERMS]; TERMS];
         for (i, row) in covariance.iter_mut().enumerate() {
             // How far off the profile may be: a fifth, one standard deviation.
             row[i] = 0.04;
         }
-        Fit { factors: [1.0; 4], covariance }
+        Fit { factors: [1.0; TERMS], covariance }
     }
 
     /// Shares of the predicted time per term in, measured over predicted out.
-    fn learn(&mut self, terms: [f64; 4], ratio: f64) {
+    fn learn(&mut self, terms: [f64; TERMS], ratio: f64) {
         let forget = 1.0 - 1.0 / MEMORY_STEPS;
         // The noise of one step: a tenth of its time.
         let noise = 0.01;
-        let mut gain = [0.0; 4];
+        let mut gain = [0.0; TERMS];
         for (g, row) in gain.iter_mut().zip(&self.covariance) {
             *g = row.iter().zip(&terms).map(|(p, x)| p * x).sum();
         }
@@ -130,8 +131,8 @@ impl Fit {
         for (factor, g) in self.factors.iter_mut().zip(&gain) {
             *factor = (*factor + g / spread * (ratio - expected)).clamp(0.05, 20.0);
         }
-        for i in 0..4 {
-            for j in 0..4 {
+        for i in 0..TERMS {
+            for j in 0..TERMS {
                 let p = self.covariance[i][j] - gain[i] * gain[j] / spread;
                 // Forgetting may not blow up what is never excited.
                 self.covariance[i][j] = (p / forget).clamp(-0.04, 0.04);
@@ -143,19 +144,19 @@ impl Fit {
 impl Predictor {
     /// Begins with these step times.
     pub fn new(prior: StepTime) -> Predictor {
-        Predictor { prior, compute: Fit::new(), memory: Fit::new(), error: 0.0, measured: 0 }
+        Predictor { prior, fit: Fit::new(), error: 0.0, measured: 0 }
     }
 
     /// What it predicts with now.
     pub fn step_time(&self) -> StepTime {
-        let (a, b, prior) = (&self.compute.factors, &self.memory.factors, &self.prior);
+        let ([a0, a1, a2, b0, b1, b2], prior) = (self.fit.factors, &self.prior);
         StepTime {
-            a0: prior.a0 * a[0],
-            a1: prior.a1 * a[1],
-            a2: prior.a2 * a[2],
-            b0: prior.b0 * b[0],
-            b1: prior.b1 * b[1],
-            b2: prior.b2 * b[3],
+            a0: prior.a0 * a0,
+            a1: prior.a1 * a1,
+            a2: prior.a2 * a2,
+            b0: prior.b0 * b0,
+            b1: prior.b1 * b1,
+            b2: prior.b2 * b2,
         }
     }
 
@@ -176,10 +177,13 @@ impl Predictor {
         self.error += ((ratio - 1.0).abs().min(1.0) - self.error) * weight;
         let p = &self.prior;
         let compute_bound = now.a0 + now.a1 * step.tokens >= now.b0 + now.b1 * step.tokens;
-        let (fixed, each, fit) =
-            if compute_bound { (p.a0, p.a1, &mut self.compute) } else { (p.b0, p.b1, &mut self.memory) };
-        let terms = [fixed, each * step.tokens, p.a2 * step.pairs, p.b2 * step.context];
-        fit.learn(terms.map(|term| term / step.seconds), 1.0);
+        let (pairs, context) = (p.a2 * step.pairs, p.b2 * step.context);
+        let terms = if compute_bound {
+            [p.a0, p.a1 * step.tokens, pairs, 0.0, 0.0, context]
+        } else {
+            [0.0, 0.0, pairs, p.b0, p.b1 * step.tokens, context]
+        };
+        self.fit.learn(terms.map(|term| term / step.seconds), 1.0);
         true
     }
 
