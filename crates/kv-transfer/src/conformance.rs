@@ -14,7 +14,7 @@ use std::time::Duration;
 use tandem_chassis::seam;
 use tandem_memory::Region;
 use tandem_types::{ClaimId, Export, Incarnation, Time};
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::watch;
 
 use crate::checksum;
 use crate::{
@@ -73,7 +73,6 @@ pub async fn run(row: &'static Row, options: &Options) {
         ("a_stale_export_is_told_apart", Box::pin(a_stale_export_is_told_apart(row))),
         ("a_peer_that_is_gone", Box::pin(a_peer_that_is_gone(row))),
         ("a_peer_that_dies_midway", Box::pin(a_peer_that_dies_midway(row))),
-        ("a_peer_that_stops_midway", Box::pin(a_peer_that_stops_midway(row))),
         ("a_pull_cancelled_midway", Box::pin(a_pull_cancelled_midway(row))),
         ("a_peer_closed_midway", Box::pin(a_peer_closed_midway(row))),
         ("a_deadline_that_has_passed", Box::pin(a_deadline_that_has_passed(row))),
@@ -491,35 +490,6 @@ async fn a_peer_that_dies_midway(row: &'static Tested) {
     assert_gone(row, &peer.pull(pull(&[(0, 100)], &local)).await);
 }
 
-/// As if its process had been stopped: connections stay, nothing is said.
-async fn a_peer_that_stops_midway(row: &'static Tested) {
-    let elsewhere = Elsewhere::start(row).await;
-    let peer = row.transport().connect(&elsewhere.export, soon()).await.expect("it connects");
-    let local = local();
-    // A machine that is busy enough for the deadline to pass before the pull has begun gets more time.
-    let mut limit = Duration::from_millis(200);
-    let midway = loop {
-        let short = Pull { deadline: seam::now() + limit, ..everything(&local) };
-        match begin(&*peer, short, &elsewhere.gate).await {
-            Ok(midway) => break midway,
-            Err(done) => assert_eq!(done.bytes, Err(PullError::Deadline), "{}", row.name),
-        }
-        limit *= 4;
-    };
-    let thaw = elsewhere.freeze().await;
-    let done = midway.await;
-    assert_eq!(done.bytes, Err(PullError::Deadline), "{}: a hung peer costs the deadline", row.name);
-    let_go(row, done).await;
-    let refused = row.transport().connect(&elsewhere.export, seam::now() + Duration::from_millis(200)).await;
-    assert!(refused.is_err(), "{}: a connection stands only if somebody answers", row.name);
-    // SAFETY: the buffers may be reused, so the bytes are ours again.
-    unsafe { fill(&local) };
-    drop(thaw);
-    elsewhere.gate.all_given_back().await;
-    assert_still_good(row, &*peer).await;
-    assert!(is_filled(&local), "{}: a late write", row.name);
-}
-
 async fn a_pull_cancelled_midway(row: &'static Tested) {
     let bench = Bench::new(row).await;
     let peer = bench.connect().await;
@@ -614,48 +584,5 @@ async fn garbage_is_not_an_export(row: &'static Tested) {
     for blob in [vec![], vec![1; 5], vec![0xff; 64], vec![b':'; 30], cut[..20].to_vec(), long] {
         let export = Export { transport: row.name.to_owned(), blob };
         assert!(row.transport().connect(&export, soon()).await.is_err(), "{}: {export:?}", row.name);
-    }
-}
-
-// ---------------------------------------------------------------------- an owner that can be stopped
-
-/// An owner on a thread and a runtime of its own. Blocking that thread is to its peers what SIGSTOP is.
-struct Elsewhere {
-    export: Export,
-    gate: Arc<TestGate>,
-    freeze: mpsc::Sender<(oneshot::Sender<()>, std::sync::mpsc::Receiver<()>)>,
-}
-
-impl Elsewhere {
-    async fn start(row: &'static Tested) -> Elsewhere {
-        let gate = Arc::new(TestGate::default());
-        gate.set(CLAIM, true);
-        let (freeze, mut frozen) = mpsc::channel::<(oneshot::Sender<()>, std::sync::mpsc::Receiver<()>)>(1);
-        let (ready, export) = oneshot::channel();
-        let its_gate = gate.clone();
-        // Ends when this value drops.
-        seam::thread("owner", move || {
-            let runtime =
-                tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(async move {
-                let exported = Bench::export(row, its_gate, remote().clone()).await;
-                let _ = ready.send(exported.export().clone());
-                while let Some((stopped, thaw)) = frozen.recv().await {
-                    let _ = stopped.send(());
-                    let _ = thaw.recv(); // until the other end is dropped; nothing here runs meanwhile
-                }
-            });
-        });
-        let export = seam::timeout(SOON, export).await.expect("in time").expect("the owner runs");
-        Elsewhere { export, gate, freeze }
-    }
-
-    /// Stops the owner until the result is dropped.
-    async fn freeze(&self) -> std::sync::mpsc::Sender<()> {
-        let (thaw, thawed) = std::sync::mpsc::channel();
-        let (stopped, is_stopped) = oneshot::channel();
-        self.freeze.send((stopped, thawed)).await.expect("the owner runs");
-        seam::timeout(SOON, is_stopped).await.expect("in time").expect("the owner runs");
-        thaw
     }
 }

@@ -247,15 +247,7 @@ pub struct Row {
 
 /// All transports, the best first.
 pub static TRANSPORTS: &[Row] = &[
-    Row {
-        name: inproc::NAME,
-        make: |_| Arc::new(inproc::Inproc),
-        shared_memory: false,
-        not_applicable: &[(
-            "a_peer_that_stops_midway",
-            "the puller's own task copies, so nobody else is there to stop",
-        )],
-    },
+    Row { name: inproc::NAME, make: |_| Arc::new(inproc::Inproc), shared_memory: false, not_applicable: &[] },
     Row { name: shm::NAME, make: |_| Arc::new(shm::Shm), shared_memory: true, not_applicable: &[] },
     Row {
         name: tcp::NAME,

@@ -4,9 +4,8 @@
 //! region, and a pull reads them straight into its own, taking checksums while they are in the cache. A lane
 //! whose pull did not end well is closed, and with the socket goes everything that could still write.
 //!
-//! A lane is as in `wire`; after a good answer come the bytes of all ranges in order.
+//! A lane is as in `wire`, its answers as in `outgoing`: after a good one come the bytes of all ranges in order.
 
-use std::collections::VecDeque;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,21 +25,21 @@ use crate::tls::Tls;
 use crate::wire::{self, DENIED, GOOD, INVALID, Name, RANGES_MAX, Request, STALL_MAX, limited};
 use crate::{Completion, Error, Exported, Gate, Peer, Pull, PullError, Transport, check};
 
+mod outgoing;
 mod socket;
 
+use outgoing::{LINE, Outgoing, PARTS_MAX, head, tail};
 pub(crate) use socket::Socket;
 
 pub(crate) const NAME: &str = "tcp";
 
-const MAGIC: &wire::Magic = b"TKV1";
+const MAGIC: &wire::Magic = b"TKV2";
 /// Connections an owner serves at once.
 const CONNECTIONS_MAX: usize = 256;
 /// Pulls a peer has under way at once, each on a lane of its own; more wait.
 const LANES: usize = 4;
 /// A pull reads so much, and then others get their turn.
 const TURN_BYTES: usize = 1 << 20;
-/// Ranges of one system call at most.
-const PARTS_MAX: usize = 256;
 /// A lane without requests is closed by the owner after this.
 const IDLE_MAX: Duration = Duration::from_secs(120);
 
@@ -152,7 +151,7 @@ async fn accept(listener: TcpListener, owner: Arc<Owner>) {
 
 impl Owner {
     async fn serve(&self, stream: TcpStream) -> io::Result<()> {
-        Socket::prepare(&stream)?;
+        stream.set_nodelay(true)?;
         let mut stream = match &self.tls {
             Some(tls) => limited(STALL_MAX, tls.accept(stream)).await?,
             None => Socket::plain(stream),
@@ -165,7 +164,7 @@ impl Owner {
         }
         loop {
             let Some(request) = wire::read_request(&mut stream, IDLE_MAX).await? else {
-                return say(&mut stream, &[INVALID]).await;
+                return say(&mut stream, &head(INVALID)).await;
             };
             limited(request.limit, self.answer(&mut stream, &request)).await?;
         }
@@ -181,19 +180,14 @@ impl Owner {
     async fn answer(&self, stream: &mut Socket, request: &Request) -> io::Result<()> {
         let ranges = &request.ranges;
         if !ranges.iter().all(|range| self.region.contains(range.offset, range.len)) {
-            return say(stream, &[INVALID]).await;
+            return say(stream, &head(INVALID)).await;
         }
         self.check_open()?;
         let Ok(permit) = self.gate.begin(request.claim, ranges) else {
-            return say(stream, &[DENIED]).await;
+            return say(stream, &head(DENIED)).await;
         };
-        // SAFETY: inside the region, as checked; the permit keeps everybody from writing to these bytes until it
-        // drops, which is after the last use of the slices.
-        let bytes = ranges.iter().map(|r| unsafe { self.region.slice(r.offset as usize, r.len as usize) });
-        let mut parts: VecDeque<&[u8]> = std::iter::once(&[GOOD][..]).chain(bytes).collect();
-        let written = write_all(stream, &mut parts).await;
-        drop(permit);
-        written
+        let outgoing = Outgoing::new(GOOD, self.region.clone(), ranges, permit);
+        outgoing.write(stream).await
     }
 }
 
@@ -201,28 +195,6 @@ impl Owner {
 async fn say(stream: &mut Socket, bytes: &[u8]) -> io::Result<()> {
     stream.write_all(bytes).await?;
     stream.flush().await
-}
-
-/// Writes all parts, as many per system call as it takes.
-async fn write_all(stream: &mut Socket, parts: &mut VecDeque<&[u8]>) -> io::Result<()> {
-    while !parts.is_empty() {
-        let slices: Vec<io::IoSlice<'_>> =
-            parts.iter().take(PARTS_MAX).map(|part| io::IoSlice::new(part)).collect();
-        // A puller that reads nothing keeps pages from their owner, so it is given up.
-        let mut written = limited(STALL_MAX, stream.write_vectored(&slices)).await?;
-        if written == 0 && slices.iter().any(|slice| !slice.is_empty()) {
-            return Err(io::ErrorKind::WriteZero.into());
-        }
-        while let Some(part) = parts.front_mut() {
-            if written < part.len() {
-                *part = &part[written..];
-                break;
-            }
-            written -= part.len();
-            parts.pop_front();
-        }
-    }
-    limited(STALL_MAX, stream.flush()).await
 }
 
 // ---------------------------------------------------------------------- the puller
@@ -337,7 +309,9 @@ impl Lane {
             let end = pull.remote.len().min(begin + RANGES_MAX);
             let ranges = &pull.remote[begin..end];
             say(&mut self.stream, &wire::request(pull.claim, ranges, pull.deadline)).await?;
-            match self.stream.read_u8().await? {
+            let mut line = [0; LINE];
+            self.stream.read_exact(&mut line).await?;
+            match line[0] {
                 GOOD => {}
                 DENIED => return Ok(Answer::Denied),
                 _ => return Ok(Answer::Invalid),
@@ -351,6 +325,8 @@ impl Lane {
             let mut filling = Filling::new(places.collect(), pull.checksums);
             filling.read_all(&mut self.stream).await?;
             sums.extend(filling.sums);
+            let bytes: u64 = ranges.iter().map(|range| range.len).sum();
+            self.stream.read_exact(&mut line[..tail(bytes)]).await?;
         }
         Ok(Answer::Good(sums))
     }

@@ -1,23 +1,19 @@
 //! A connection, plain or over TLS, and how often it wakes its reader.
 
 use std::io::{self, IoSlice, IoSliceMut};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::TcpStream;
 
 /// A puller sleeps until so many bytes are there, or all that are still to come. Otherwise it wakes up for every
 /// segment, and where cores are few it takes them from the sender.
-const LOW_WATER_BYTES: usize = 256 << 10;
+const LOW_WATER_BYTES: usize = 512 << 10;
 /// Fewer bytes are not worth the system calls.
 const LOW_WATER_MIN: usize = 64 << 10;
-
-/// What an owner may have written that was not yet sent on; the system keeps as much again for itself. An owner
-/// that may write everything at once does so before its puller gets a turn, and what the puller then reads is
-/// no longer in the cache. Enough for any network within a cluster.
-const SEND_BUFFER_BYTES: usize = 512 << 10;
 
 /// One lane's connection.
 pub(crate) enum Socket {
@@ -36,12 +32,6 @@ pub(crate) struct Plain {
 impl Socket {
     pub(crate) fn plain(stream: TcpStream) -> Socket {
         Socket::Plain(Plain { stream, low_water: 1 })
-    }
-
-    /// An accepted connection, before anything is said on it.
-    pub(super) fn prepare(stream: &TcpStream) -> io::Result<()> {
-        stream.set_nodelay(true)?;
-        set(stream, libc::SO_SNDBUF, SEND_BUFFER_BYTES)
     }
 
     /// Reads what there is into the slices, none of which is empty: at least a byte, or none at the end. `rest` bytes
@@ -76,6 +66,21 @@ impl Socket {
 }
 
 impl Plain {
+    /// The same connection for a thread that does without the runtime. Nothing on it blocks.
+    pub(super) fn share(&self) -> io::Result<std::net::TcpStream> {
+        Ok(self.stream.as_fd().try_clone_to_owned()?.into())
+    }
+
+    /// Waits until the socket takes more, after others than the runtime have written to it.
+    pub(super) async fn writable_again(&self) -> io::Result<()> {
+        // The runtime believes what it has seen last until somebody tells it otherwise.
+        let look = || match is_writable(&self.stream, Duration::ZERO)? {
+            true => Ok(()),
+            false => Err(io::ErrorKind::WouldBlock.into()),
+        };
+        self.stream.async_io(Interest::WRITABLE, look).await
+    }
+
     fn wake_for(&mut self, rest: usize) -> io::Result<()> {
         let wanted = if rest < LOW_WATER_MIN { 1 } else { rest.min(LOW_WATER_BYTES) };
         if wanted == self.low_water {
@@ -84,6 +89,20 @@ impl Plain {
         set(&self.stream, libc::SO_RCVLOWAT, wanted)?;
         self.low_water = wanted;
         Ok(())
+    }
+}
+
+/// Whether the socket takes more now, or within so much time.
+pub(super) fn is_writable(stream: &impl AsRawFd, limit: Duration) -> io::Result<bool> {
+    let mut asked = libc::pollfd { fd: stream.as_raw_fd(), events: libc::POLLOUT, revents: 0 };
+    let limit = libc::c_int::try_from(limit.as_millis()).unwrap_or(libc::c_int::MAX);
+    // SAFETY: a plain system call on an open descriptor, with one entry that lives for the call.
+    match unsafe { libc::poll(&raw mut asked, 1, limit) } {
+        -1 => match io::Error::last_os_error() {
+            error if error.kind() == io::ErrorKind::Interrupted => Ok(false),
+            error => Err(error),
+        },
+        ready => Ok(ready > 0),
     }
 }
 

@@ -71,6 +71,14 @@ async fn lane(exported: &Exported) -> TcpStream {
     stream
 }
 
+/// What an answer begins with.
+async fn status(stream: &mut TcpStream) -> u8 {
+    let mut line = [0; LINE];
+    stream.read_exact(&mut line).await.unwrap();
+    assert_eq!(line[1..], [0; LINE - 1]);
+    line[0]
+}
+
 fn request(count: u32, left: u32, ranges: &[(u64, u64)]) -> Vec<u8> {
     let mut request = 42u128.to_be_bytes().to_vec();
     request.extend(count.to_be_bytes());
@@ -95,12 +103,13 @@ async fn ranges_outside_are_refused_by_the_owner_too_and_the_lane_goes_on() {
     let mut stream = lane(&exported).await;
     for outside in [(REGION as u64, 1), (u64::MAX, u64::MAX), (0, REGION as u64 + 1)] {
         stream.write_all(&request(2, 1000, &[(0, 10), outside])).await.unwrap();
-        assert_eq!(stream.read_u8().await.unwrap(), INVALID, "{outside:?}");
+        assert_eq!(status(&mut stream).await, INVALID, "{outside:?}");
     }
     stream.write_all(&request(1, 1000, &[(0, 10)])).await.unwrap();
-    let mut answer = [9; 11];
+    assert_eq!(status(&mut stream).await, GOOD);
+    let mut answer = [9; LINE];
     stream.read_exact(&mut answer).await.unwrap();
-    assert_eq!(answer, [0; 11]);
+    assert_eq!(answer, [0; LINE], "ten bytes and the tail");
     until(&out, 0).await;
 }
 
@@ -109,7 +118,7 @@ async fn a_request_that_is_too_long_is_refused_before_it_is_read() {
     let (exported, _) = export().await;
     let mut stream = lane(&exported).await;
     stream.write_all(&request(RANGES_MAX as u32 + 1, 1000, &[])).await.unwrap();
-    assert_eq!(stream.read_u8().await.unwrap(), INVALID);
+    assert_eq!(status(&mut stream).await, INVALID);
     assert_eq!(stream.read(&mut [0]).await.unwrap(), 0, "and the lane is closed");
 }
 
@@ -123,7 +132,7 @@ async fn a_lane_of_another_export_is_refused() {
         stream.write_all(&hello).await.unwrap();
         let mut answer = Vec::new();
         stream.read_to_end(&mut answer).await.unwrap();
-        assert_eq!(answer[..5], [b'T', b'K', b'V', b'1', DENIED]);
+        assert_eq!(answer[..5], [b'T', b'K', b'V', b'2', DENIED]);
     }
 }
 
@@ -143,17 +152,56 @@ async fn an_idle_lane_that_its_owner_has_closed_is_replaced() {
     }
 }
 
+#[tokio::test]
+async fn a_puller_that_goes_while_the_owner_writes_leaves_no_page_behind() {
+    let (exported, out) = export().await;
+    for read in [0, 1 << 20] {
+        let mut stream = lane(&exported).await;
+        stream.write_all(&request(1, 600_000, &[(0, REGION as u64)])).await.unwrap();
+        until(&out, 1).await;
+        stream.read_exact(&mut vec![0; read]).await.unwrap();
+        drop(stream);
+        until(&out, 0).await;
+    }
+}
+
+#[tokio::test]
+async fn an_export_that_ends_while_its_owner_writes_lets_go_of_its_pages() {
+    let (exported, out) = export().await;
+    let mut stream = lane(&exported).await;
+    stream.write_all(&request(1, 600_000, &[(0, REGION as u64)])).await.unwrap();
+    until(&out, 1).await;
+    drop(exported);
+    until(&out, 0).await;
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    assert!(answer.len() < REGION, "the rest does not come");
+}
+
+#[tokio::test]
+async fn an_answer_goes_on_where_its_puller_has_read_nothing_for_a_while() {
+    let (exported, out) = export().await;
+    let mut stream = lane(&exported).await;
+    stream.write_all(&request(2, 600_000, &[(0, 13 << 20), (7, (16 << 20) + 1)])).await.unwrap();
+    until(&out, 1).await;
+    tokio::time::pause();
+    seam::sleep(STALL_MAX / 2).await;
+    tokio::time::resume();
+    assert_eq!(status(&mut stream).await, GOOD);
+    stream.read_exact(&mut vec![0; (29 << 20) + LINE]).await.unwrap();
+    stream.write_all(&request(1, 1000, &[(0, 64)])).await.unwrap();
+    assert_eq!(status(&mut stream).await, GOOD);
+}
+
 /// Sends a request for everything, reads none of it, and lets the time pass after which the owner gives up.
 async fn stall(left: u32, after: Duration) {
     let (exported, out) = export().await;
     let mut stream = lane(&exported).await;
     stream.write_all(&request(1, left, &[(0, REGION as u64)])).await.unwrap();
     until(&out, 1).await;
-    // The owner writes until nothing fits any more.
-    for _ in 0..100 {
-        tokio::task::yield_now().await;
-    }
     tokio::time::pause();
+    // The owner's thread writes until nothing fits any more; a paused clock stands still as long as it runs.
+    seam::sleep(Duration::from_millis(1)).await;
     tokio::time::advance(after.saturating_sub(Duration::from_millis(500))).await;
     for _ in 0..10 {
         tokio::task::yield_now().await;
@@ -254,8 +302,9 @@ async fn a_bit_that_turns_on_the_way_shows_in_the_checksum_of_its_range() {
     let mut export = exported.export().clone();
     export.blob.truncate(24);
     export.blob.extend(listener.local_addr().unwrap().to_string().into_bytes());
-    // After the hello and the status, in the second range.
-    let tampers = seam::spawn(tampers(listener, address(&exported).to_owned(), 14 + 1000 + 77));
+    // After the hello and the head, in the second range.
+    let at = wire::ANSWER_BYTES + LINE + 1000 + 77;
+    let tampers = seam::spawn(tampers(listener, address(&exported).to_owned(), at));
     let peer = Tcp::default().connect(&export, soon()).await.unwrap();
     let local = Arc::new(Region::anonymous(3000).unwrap());
     let remote = vec![ByteRange { offset: 0, len: 1000 }; 3];
