@@ -13,7 +13,7 @@ use crate::twin::{DecodeJob, Happened, JobId, PromptJob, Shape, Twin};
 /// What decides about steps.
 pub enum Batcher {
     /// The closed form.
-    Twin(Twin),
+    Twin(Box<Twin>),
     /// The real batcher and KV cache.
     Real(Box<Real>),
 }

@@ -83,7 +83,18 @@ impl RouterConfig {
         if self.queue_max == 0 {
             return Err("--queue-max must be at least 1".into());
         }
-        tandem_placement::named(&self.policy).map(|_| ())
+        policy_served(&self.policy)
+    }
+}
+
+/// Whether this router can choose by the policy of this name: the view that it keeps of its workers has no step
+/// times and no prefixes yet, which `cost` and `prefix` choose by.
+pub fn policy_served(name: &str) -> Result<(), String> {
+    match name {
+        "cost" | "prefix" => Err(format!(
+            "--policy {name} is for `tandem sim` in this version; a router has least-loaded and round-robin"
+        )),
+        name => tandem_placement::named(name).map(|_| ()),
     }
 }
 
@@ -112,7 +123,8 @@ mod tests {
         assert!(refused(RouterConfig::defaults()).contains("--model DIR"));
         assert!(refused(RouterConfig { queue_max: 0, ..config.clone() }).contains("--queue-max"));
         assert!(
-            refused(RouterConfig { policy: "cost".into(), ..config }).contains("least-loaded, round-robin")
+            refused(RouterConfig { policy: "cost".into(), ..config })
+                .contains("least-loaded and round-robin")
         );
     }
 }

@@ -26,7 +26,7 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Kind, Membership, Registration, RegistrationGuard};
 use tandem_types::{Incarnation, WorkerState};
 
-pub use config::RouterConfig;
+pub use config::{RouterConfig, policy_served};
 pub use process::process_main;
 pub use request::{DispatchError, GenerateEvent, GenerateRequest, Generation, Route};
 

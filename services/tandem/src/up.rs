@@ -161,7 +161,7 @@ impl UpConfig {
                 "--transport inproc reaches no other process; use shm, tcp or auto with --processes".into()
             );
         }
-        tandem_placement::named(&self.policy)?;
+        tandem_router::policy_served(&self.policy)?;
         model::find(&self.model).map(|_| ())
     }
 

@@ -118,8 +118,7 @@ impl Cluster<'_> {
         let slack = self.options.offline == Offline::Slack;
         let target = self.options.per_token.as_secs_f64();
         for worker in 0..self.workers.len() {
-            loop {
-                let Some(&id) = self.offline.front() else { break };
+            while let Some(&id) = self.offline.front() {
                 let w = &self.workers[worker];
                 let (rows, context) = w.batcher.decodes();
                 let (used, total) = w.batcher.blocks();

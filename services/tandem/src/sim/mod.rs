@@ -1,6 +1,5 @@
 //! `tandem sim`: a cluster in virtual time under a trace, against every baseline.
 
-mod benchmarks;
 mod page;
 mod runs;
 mod table;
@@ -116,12 +115,6 @@ pub struct SimConfig {
     /// Write a page that shows the first run over time
     #[arg(long)]
     html: Option<PathBuf>,
-    /// Print the whole table of docs/benchmarks.md, or only sections named: targets,xllm,shift,general,cache,offline,flaws,speed
-    #[arg(long, num_args = 0..=1, default_missing_value = "all")]
-    benchmarks: Option<String>,
-    /// Where the traces lie that are not committed
-    #[arg(long)]
-    traces: Option<PathBuf>,
 }
 
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
@@ -136,9 +129,6 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 }
 
 fn simulate(config: &SimConfig) -> Result<(), String> {
-    if let Some(sections) = &config.benchmarks {
-        return benchmarks::print(sections, config.traces.as_deref());
-    }
     let scenario = scenario(config)?;
     let runs = runs::plan(config)?;
     let done = runs::run(&runs, &scenario, config)?;

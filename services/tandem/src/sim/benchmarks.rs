@@ -1,4 +1,0 @@
-//! placeholder
-pub fn print(_: &str, _: Option<&std::path::Path>) -> Result<(), String> {
-    Ok(())
-}
