@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde_json::Value;
+use tandem_chassis::config::Slo;
 use tandem_chassis::{Shutdown, seam};
 use tandem_cluster::{Embedded, Membership};
 use tandem_router::RouterConfig;
@@ -36,6 +37,8 @@ pub struct Spec {
     pub policy: String,
     /// Tokens of an engine step.
     pub token_budget: u32,
+    /// Latency targets.
+    pub slo: Option<Slo>,
 }
 
 impl Spec {
@@ -51,6 +54,7 @@ impl Spec {
             kv_bytes: 64 << 20,
             policy: "round-robin".into(),
             token_budget: 512,
+            slo: None,
         }
     }
 
@@ -111,6 +115,7 @@ impl TestCluster {
             admin_port: 0,
             model: Some(spec.model.clone()),
             policy: spec.policy.clone(),
+            slo: spec.slo,
             context_tokens: spec.fake.as_ref().map(|_| FAKE_CONTEXT_TOKENS),
             drain_timeout: "2s".parse().expect("a duration"),
             ..RouterConfig::defaults()

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use tandem_kv_cache::{KvCache, Table};
-use tandem_types::{BLOCK_TOKENS, FinishReason, Sampled, Time, Usage, blocks_for};
+use tandem_types::{BLOCK_TOKENS, FinishReason, Sampled, ServiceClass, Time, Usage, blocks_for};
 
 use crate::lengths::Lengths;
 use crate::pace::{Line, Pace};
@@ -122,6 +122,17 @@ pub struct Batcher {
     pub(crate) timely_seconds: f64,
 }
 
+/// Work at hand, as [`Batcher::backlog`] counts it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Backlog {
+    /// Seconds of prompts with targets that are not computed yet.
+    pub prompt_seconds: f64,
+    /// Sequences that decode.
+    pub decodes: u32,
+    /// Their tokens.
+    pub decode_tokens: u64,
+}
+
 /// Slot numbers, small and reused.
 #[derive(Debug, Default)]
 pub(crate) struct Slots {
@@ -172,6 +183,11 @@ impl Batcher {
             line: Line::default(),
             timely_seconds: 0.0,
         }
+    }
+
+    /// What it was made with.
+    pub fn config(&self) -> &Config {
+        &self.config
     }
 
     /// Takes a sequence in.
@@ -319,6 +335,22 @@ impl Batcher {
     /// of each (its decode) not counted.
     pub fn waiting_tokens(&self) -> u64 {
         self.sequences.values().map(|s| u64::from(s.gap().saturating_sub(1))).sum()
+    }
+
+    /// What waits and what decodes. `seconds` says what computing `left` tokens of a prompt behind `before` others
+    /// takes.
+    pub fn backlog(&self, seconds: impl Fn(u32, u32) -> f64) -> Backlog {
+        let mut backlog = Backlog::default();
+        for sequence in self.sequences.values() {
+            let left = sequence.gap();
+            if sequence.decodes() {
+                backlog.decodes += 1;
+                backlog.decode_tokens += u64::from(sequence.known());
+            } else if sequence.spec.class == ServiceClass::Online {
+                backlog.prompt_seconds += seconds(left, sequence.known() - left);
+            }
+        }
+        backlog
     }
 
     /// Seconds of prompts that could still be in time when they were last put in order, under a pace.

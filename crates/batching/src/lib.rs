@@ -20,6 +20,6 @@ mod plan;
 mod sequence;
 
 pub use apply::Completing;
-pub use batcher::{Batcher, Config, Event};
+pub use batcher::{Backlog, Batcher, Config, Event};
 pub use plan::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
 pub use sequence::{Origin, SequenceId, SequenceSpec, Target};

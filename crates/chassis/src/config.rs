@@ -20,7 +20,7 @@ mod nearest;
 mod values;
 
 pub use nearest::nearest;
-pub use values::{ByteSize, HumanDuration, ParseError};
+pub use values::{ByteSize, HumanDuration, ParseError, Slo};
 
 const CONFIG: &str = "config";
 const PRINT: &str = "print_config";

@@ -19,7 +19,7 @@ pub use lease::{
 };
 #[cfg(feature = "model")]
 pub use mistake::Mistake;
-pub use pool::{Counts, HoldId};
+pub use pool::{CacheChanges, Counts, HoldId};
 pub use puller::{GiveUp, PullAction, PullEvent, Puller};
 pub use table::{Full, Table};
 
@@ -73,6 +73,12 @@ impl KvCache {
     /// How many blocks are free, only cached, and in use.
     pub fn counts(&self) -> Counts {
         self.pool.counts()
+    }
+
+    /// What has changed in the prefix cache after the first `seen` changes, and how many there were by now. Whoever
+    /// begins to follow it has seen `None`.
+    pub fn cache_changes(&self, seen: Option<u64>) -> (CacheChanges, u64) {
+        self.pool.changes(seen)
     }
 
     /// Compares all counters with what refers to what, from scratch.

@@ -1,6 +1,6 @@
 //! Pages: who refers to each, which are free, which hold a cached block that nobody uses.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use tandem_types::{BlockHash, PageRef};
 
@@ -51,9 +51,64 @@ pub(crate) struct Pool {
     holds: BTreeMap<HoldId, Vec<At>>,
     next_hold: u64,
     next_stamp: u64,
+    journal: Journal,
+}
+
+/// Changes that are remembered for those who follow the cache.
+const JOURNAL_MAX: usize = 1 << 16;
+
+/// Which blocks came into the first group's cache and left it, in order. Groups are used in step.
+#[derive(Debug, Default)]
+#[cfg_attr(feature = "model", derive(Clone))]
+struct Journal {
+    /// Whether it is findable from then on, and the block.
+    changes: VecDeque<(bool, BlockHash)>,
+    /// How many changes there were before the first of these.
+    dropped: u64,
+}
+
+impl Journal {
+    fn note(&mut self, group: u32, stored: bool, hash: BlockHash) {
+        if group != 0 {
+            return;
+        }
+        if self.changes.len() == JOURNAL_MAX {
+            self.changes.pop_front();
+            self.dropped += 1;
+        }
+        self.changes.push_back((stored, hash));
+    }
+}
+
+/// What somebody has to learn who follows the prefix cache.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum CacheChanges {
+    /// Blocks that are findable now (true) or no longer, in order.
+    Since(Vec<(bool, BlockHash)>),
+    /// All that are findable: more has changed than is remembered.
+    All(Vec<BlockHash>),
 }
 
 impl Pool {
+    /// What has changed after the first `seen` changes, and how many there were by now. `None` asks for all.
+    pub(crate) fn changes(&self, seen: Option<u64>) -> (CacheChanges, u64) {
+        let journal = &self.journal;
+        let end = journal.dropped + journal.changes.len() as u64;
+        let known = seen.filter(|seen| (journal.dropped..=end).contains(seen));
+        let changes = match known {
+            Some(seen) => {
+                let skip = (seen - journal.dropped) as usize;
+                CacheChanges::Since(journal.changes.iter().skip(skip).copied().collect())
+            }
+            None => {
+                let mut all: Vec<BlockHash> = self.groups[0].index.keys().copied().collect();
+                all.sort_unstable();
+                CacheChanges::All(all)
+            }
+        };
+        (changes, end)
+    }
+
     pub(crate) fn new(groups: u32, pages: u32) -> Pool {
         let group = || Group {
             pages: vec![Page::default(); pages as usize],
@@ -65,6 +120,7 @@ impl Pool {
             holds: BTreeMap::new(),
             next_hold: 1,
             next_stamp: 1,
+            journal: Journal::default(),
         }
     }
 
@@ -94,6 +150,7 @@ impl Pool {
                 let (_, page) = g.idle.pop_first()?;
                 let hash = g.pages[page as usize].hash.take().expect("an idle page is cached");
                 g.index.remove(&hash);
+                self.journal.note(group, false, hash);
                 page
             }
         };
@@ -157,6 +214,7 @@ impl Pool {
         if p.hash.is_none() && !g.index.contains_key(&hash) {
             p.hash = Some(hash);
             g.index.insert(hash, page);
+            self.journal.note(group, true, hash);
         }
     }
 
@@ -166,6 +224,7 @@ impl Pool {
         let Some(p) = g.pages.get_mut(page as usize) else { return };
         let Some(hash) = p.hash.take() else { return };
         g.index.remove(&hash);
+        self.journal.note(group, false, hash);
         if p.refs == 0 {
             g.idle.remove(&p.stamp);
             g.free.push(page);

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tandem_kv_cache::{
-    Config, Effect, FirstTokenBundle, HashChain, HoldId, KvCache, Table, Verdict, chain_seed,
+    CacheChanges, Config, Effect, FirstTokenBundle, HashChain, HoldId, KvCache, Table, Verdict, chain_seed,
 };
-use tandem_types::{Attempt, ClaimId, KvIdentity, LeaseId, Time, TokenId, blocks_for};
+use tandem_types::{Attempt, BlockHash, ClaimId, KvIdentity, LeaseId, Time, TokenId, blocks_for};
 
 const PAGES: u32 = 12;
 
@@ -78,6 +78,7 @@ struct ModelLease {
 }
 
 struct World {
+    followed: (BTreeSet<BlockHash>, u64),
     kv: KvCache,
     now: Time,
     tables: Vec<Sequence>,
@@ -101,6 +102,7 @@ impl World {
             prefix_cache: true,
         });
         World {
+            followed: (BTreeSet::new(), 0),
             kv,
             now: Time::ZERO,
             tables: Vec::new(),
@@ -338,9 +340,25 @@ impl World {
         }
     }
 
+    /// Who follows the cache change by change knows what somebody learns who asks for all of it.
+    fn follow_cache(&mut self) {
+        let (known, seen) = &mut self.followed;
+        let (CacheChanges::Since(changes), now) = self.kv.cache_changes(Some(*seen)) else {
+            panic!("so few changes are remembered");
+        };
+        for (stored, hash) in changes {
+            let new = if stored { known.insert(hash) } else { known.remove(&hash) };
+            assert!(new, "a block comes once and goes once");
+        }
+        *seen = now;
+        let all = CacheChanges::All(known.iter().copied().collect());
+        assert_eq!(self.kv.cache_changes(None), (all, now));
+    }
+
     /// What must hold after every operation.
     fn check(&mut self) {
         self.kv.check_books();
+        self.follow_cache();
         for effect in self.kv.take_effects() {
             if let Effect::Ended { lease, .. } = effect {
                 assert!(!self.leases.contains_key(&lease), "an ended lease is over");

@@ -61,6 +61,8 @@ pub struct Candidate {
     pub decode_tokens: u64,
     /// Tokens its KV pool holds; 0 if unknown.
     pub kv_tokens: u64,
+    /// Sequences of a step there at most; 0 if unknown.
+    pub rows_max: u32,
     /// Its way to and from others.
     pub link: Link,
     /// Better ways to some of them.
@@ -86,6 +88,7 @@ impl Default for Candidate {
             decodes: 0,
             decode_tokens: 0,
             kv_tokens: 0,
+            rows_max: 0,
             link: Link::default(),
             near: Vec::new(),
         }
@@ -205,7 +208,7 @@ impl Request {
 }
 
 /// Who does what. Equal indices: one worker does both and nothing travels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 pub struct Route {
     /// Index into the candidates.
     pub prefill: usize,

@@ -132,6 +132,29 @@ impl Observer {
         }
     }
 
+    /// Many requests came: how many, their tokens and seconds to prefill in all. `targets` are those of each, in
+    /// seconds, if they have any.
+    pub fn arrived_many(
+        &mut self,
+        requests: f64,
+        prompt_tokens: f64,
+        prefill_seconds: f64,
+        targets: Option<(f64, f64)>,
+        now: Time,
+    ) {
+        self.fade(now);
+        let sane = |value: f64| if value.is_finite() { value.max(0.0) } else { 0.0 };
+        let s = &mut self.sums;
+        s.requests += sane(requests);
+        s.prompt_tokens += sane(prompt_tokens);
+        s.prefill_seconds += sane(prefill_seconds);
+        if let Some((first, each)) = targets {
+            s.first_token_seconds += sane(requests) * sane_seconds(first);
+            s.token_seconds += sane(requests) * sane_seconds(each);
+            s.targets += sane(requests);
+        }
+    }
+
     /// Tokens were drawn, and so many answers have ended.
     pub fn drawn(&mut self, tokens: f64, ended: f64, now: Time) {
         self.fade(now);
@@ -213,17 +236,49 @@ const USABLE: f64 = 0.9;
 /// Part of a KV pool that running sequences may take up.
 const KV_USABLE: f64 = 0.92;
 
+/// What a worker has room for; 0 where that is unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Room {
+    /// Tokens of its KV pool.
+    pub kv_tokens: f64,
+    /// Sequences of a step.
+    pub rows_max: f64,
+}
+
+impl Room {
+    /// Of the smallest of these.
+    fn of(candidates: &[Candidate]) -> Room {
+        let least = |all: &mut dyn Iterator<Item = u64>| all.filter(|&n| n > 0).min().unwrap_or(0) as f64;
+        Room {
+            kv_tokens: least(&mut candidates.iter().map(|c| c.kv_tokens)),
+            rows_max: least(&mut candidates.iter().map(|c| u64::from(c.rows_max))),
+        }
+    }
+
+    /// Sequences of so many tokens each that decode at once.
+    fn rows(&self, context: f64) -> f64 {
+        let by_memory =
+            if self.kv_tokens > 0.0 { KV_USABLE * self.kv_tokens / context.max(1.0) } else { f64::INFINITY };
+        if self.rows_max > 0.0 { by_memory.min(self.rows_max) } else { by_memory }
+    }
+}
+
+/// Seconds per token that an answer may take. Without a target: what reads well, or what the device can do.
+fn token_target(step: &StepTime, load: &Load) -> f64 {
+    if load.token_seconds > 0.0 { load.token_seconds } else { (3.0 * step.b0).max(0.1) }
+}
+
 /// What a split promises under this load.
-pub fn promise(step: &StepTime, kv_tokens: f64, load: &Load, prefill: usize, decode: usize) -> Promise {
+pub fn promise(step: &StepTime, room: &Room, load: &Load, prefill: usize, decode: usize) -> Promise {
     let (p, d) = (prefill as f64, decode as f64);
-    let target = if load.token_seconds > 0.0 { load.token_seconds } else { 0.1 };
+    let target = token_target(step, load);
     let per_step = USABLE * target;
     let context = load.prompt_tokens + load.output_tokens / 2.0;
     let drawn = load.requests * (load.output_tokens - 1.0).max(0.0);
     // Tokens per second that one worker draws at most: bound by the target, and by memory.
     let each = step.b1 + step.b2 * context;
     let by_target = ((per_step - step.b0) / per_step / each).max(0.0);
-    let rows = if kv_tokens > 0.0 { KV_USABLE * kv_tokens / context.max(1.0) } else { f64::INFINITY };
+    let rows = room.rows(context);
     let by_memory = if rows.is_finite() { rows / (step.b0 + rows * each) } else { f64::INFINITY };
     let decode_load = drawn / (d * by_target.min(by_memory)).max(1e-9);
     // Prompts: whole workers, and what decodes leave of the others.
@@ -276,12 +331,12 @@ impl Planner {
         let Some(step) = candidates.iter().find_map(Candidate::sane_model) else {
             return none("no step times are known");
         };
-        let kv = candidates.iter().map(|c| c.kv_tokens).filter(|kv| *kv > 0).min().unwrap_or(0) as f64;
+        let room = Room::of(candidates);
         let promises: Vec<Promise> = (prefill_floor..=all - decode_floor)
-            .map(|prefill| promise(&step, kv, load, prefill, all - prefill))
+            .map(|prefill| promise(&step, &room, load, prefill, all - prefill))
             .collect();
-        let replicas = self.replicas(&step, kv, load);
-        let now_promised = promise(&step, kv, load, prefill, decode);
+        let replicas = self.replicas(&step, &room, load);
+        let now_promised = promise(&step, &room, load, prefill, decode);
         let worth = |p: &Promise| {
             let flips = p.prefill.abs_diff(prefill) as f64;
             // A flip's seconds, spread over the memory of the observer, are lost to all workers alike.
@@ -356,15 +411,15 @@ impl Planner {
         flips.map(|c| Flip { worker: c.worker.clone(), from: old, to: new }).collect()
     }
 
-    fn replicas(&self, step: &StepTime, kv: f64, load: &Load) -> (usize, usize) {
+    fn replicas(&self, step: &StepTime, room: &Room, load: &Load) -> (usize, usize) {
         let limit = self.config.replica_load;
-        let one = promise(step, kv, load, 1, 1);
+        let one = promise(step, room, load, 1, 1);
         if load.requests <= 0.0 || !one.carries.is_finite() {
             return self.config.floors;
         }
         let prefill = (load.requests * load.prefill_seconds / limit).ceil();
         let context = load.prompt_tokens + load.output_tokens / 2.0;
-        let target = if load.token_seconds > 0.0 { load.token_seconds } else { 0.1 } * USABLE;
+        let target = token_target(step, load) * USABLE;
         let by_target = ((target - step.b0) / target / (step.b1 + step.b2 * context)).max(1e-6);
         let decode = (load.requests * load.output_tokens / by_target / limit).ceil();
         let bounded = |n: f64, floor: usize| (n.clamp(0.0, 1e6) as usize).max(floor);

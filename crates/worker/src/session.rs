@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use futures_util::{Stream, StreamExt, TryStreamExt};
 use tandem_chassis::{Shutdown, Tasks, fail, seam};
+use tandem_kv_cache::CacheChanges;
 use tandem_proto::v1::{self, to_worker};
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence, convert};
 use tandem_types::{LeaseId, Time};
@@ -90,8 +91,9 @@ impl v1::worker_server::Worker for SessionService {
         let (events, outbound) = mpsc::channel(4);
         self.tasks.spawn(async move {
             let mut load = shared.watch_load();
+            let mut seen = None;
             for sequence in 1.. {
-                let event = watch_event(&shared, sequence);
+                let event = watch_event(&shared, sequence, &mut seen);
                 if events.send(Ok(event)).await.is_err() {
                     return;
                 }
@@ -260,12 +262,15 @@ fn read_lease(bytes: &[u8]) -> Result<LeaseId, tandem_proto::WireError> {
     convert::read_id128("lease", bytes).map(LeaseId)
 }
 
-fn watch_event(shared: &Shared, sequence: u64) -> v1::WatchEvent {
+/// A report. `seen` are the changes of the prefix cache that its reader knows.
+fn watch_event(shared: &Shared, sequence: u64, seen: &mut Option<u64>) -> v1::WatchEvent {
     shared.look(|core| {
-        let load = core.load();
+        let (load, forecast) = (core.load(), core.forecast());
+        let (changes, now) = core.kv_ref().cache_changes(*seen);
+        *seen = Some(now);
         v1::WatchEvent {
             sequence,
-            snapshot: sequence == 1,
+            snapshot: matches!(changes, CacheChanges::All(_)),
             role: v1::Role::from(core.role()) as i32,
             epoch: core.epoch().0,
             state: core.state().as_str().to_owned(),
@@ -277,9 +282,31 @@ fn watch_event(shared: &Shared, sequence: u64) -> v1::WatchEvent {
                 blocks_free: load.blocks_free,
                 blocks_cached: load.blocks_cached,
                 leases: load.leases,
+                queue_seconds: forecast.queue_seconds,
+                timely_seconds: forecast.timely_seconds,
+                decodes: forecast.decodes,
+                decode_tokens: forecast.decode_tokens,
+                pacing: Some(forecast.pacing),
+                totals: Some(forecast.totals),
             }),
             admitted: core.admitted().map(|(router, at)| (router.to_owned(), at)).collect(),
-            blocks: Vec::new(),
+            blocks: block_events(changes),
         }
     })
+}
+
+/// Neighbours of one kind share an event.
+fn block_events(changes: CacheChanges) -> Vec<v1::BlockEvent> {
+    let changes = match changes {
+        CacheChanges::All(all) => all.into_iter().map(|hash| (true, hash)).collect(),
+        CacheChanges::Since(changes) => changes,
+    };
+    let alike = changes.chunk_by(|(a, _), (b, _)| a == b);
+    alike
+        .map(|run| v1::BlockEvent {
+            group: 0,
+            stored: run[0].0,
+            hashes: run.iter().map(|(_, hash)| convert::id128(hash.0)).collect(),
+        })
+        .collect()
 }

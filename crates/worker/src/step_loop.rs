@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use tandem_chassis::seam;
 use tandem_engine::Engine;
 use tandem_kv_transfer::checksum;
+use tandem_placement::predictor::Measured;
 use tandem_types::{BLOCK_TOKENS, Time};
 use tokio::sync::Notify;
 
-use crate::core::{CompletedPage, Core, PageSum};
+use crate::core::{CompletedPage, Core, PageSum, measure};
 use crate::pages::PageMap;
 use crate::shared::Shared;
 
@@ -39,8 +40,8 @@ pub(crate) struct StepLoop {
     submitted: Time,
     /// When the books were last checked.
     checked: Time,
-    /// The plans that the engine has.
-    plans: VecDeque<u64>,
+    /// The plans that the engine has, and what they compute.
+    plans: VecDeque<(u64, Measured)>,
 }
 
 impl StepLoop {
@@ -55,16 +56,20 @@ impl StepLoop {
     pub(crate) fn turn(&mut self, now: Time) -> Turn {
         while let Some(result) = self.engine.collect(now) {
             let plan = result.as_ref().map_or_else(|error| error.plan, |outcome| outcome.id);
-            if self.plans.front() != Some(&plan) {
+            if self.plans.front().map(|(id, _)| *id) != Some(plan) {
                 // A device that signals twice must not make a step count twice.
                 tracing::error!(plan, "the engine brought an outcome that nobody waits for");
                 continue;
             }
-            self.plans.pop_front();
+            let (_, mut step) = self.plans.pop_front().expect("looked at above");
             self.shared.progress.end();
             if let Ok(outcome) = &result {
                 let prompt: u32 = outcome.rows.iter().map(|row| row.count).filter(|&count| count > 1).sum();
-                self.shared.step(|core, _| core.costs().computed(prompt, now.since(self.submitted)));
+                step.seconds = now.since(self.submitted).as_secs_f64();
+                self.shared.step(|core, _| {
+                    core.costs().computed(prompt, now.since(self.submitted));
+                    core.learn(step);
+                });
                 let drawn = outcome.rows.iter().filter(|row| row.sampled.is_some()).count();
                 self.shared.metrics.observe_step(now.since(self.submitted), drawn);
             }
@@ -83,7 +88,7 @@ impl StepLoop {
             self.shared.metrics.observe_plan(&plan);
             self.shared.progress.begin(now, self.engine.expected(&plan));
             self.submitted = now;
-            self.plans.push_back(plan.id);
+            self.plans.push_back((plan.id, measure(&plan)));
             self.engine.submit(plan, now);
             return Turn::InFlight;
         }

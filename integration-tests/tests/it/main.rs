@@ -27,6 +27,7 @@ mod openai;
 mod operating;
 mod processes;
 mod references;
+mod roles;
 mod support;
 mod tracing;
 mod walking;

@@ -139,7 +139,8 @@ fn a_wrong_option_is_answered_by_the_right_one() {
     for (arguments, part) in [
         (&["up", "--prefil", "2"][..], "--prefill"),
         (&["upp"], "tandem up"),
-        (&["sim"], "not in this version"),
+        (&["bench"], "not in this version"),
+        (&["sim", "--split", "3P3D"], "not a split of 8 workers"),
         (&["up", "--encoder", "1"], "no encoder"),
         (&["worker", "--model", "x"], "--etcd URL"),
     ] {

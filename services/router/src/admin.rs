@@ -10,10 +10,12 @@ use axum::{Json, Router};
 use serde_json::{Value, json};
 use tandem_chassis::admin::{Subject, error};
 use tandem_chassis::{Shutdown, process_facts};
+use tandem_cluster::By;
 use tandem_types::{Incarnation, Role, WorkerState};
 
 use crate::dispatch::Dispatcher;
 use crate::metrics::Metrics;
+use crate::planner::Shown;
 use crate::records::Records;
 use crate::workers::{WishError, Workers};
 
@@ -28,6 +30,7 @@ pub(crate) struct RouterSubject {
     pub(crate) dispatcher: Arc<Dispatcher>,
     pub(crate) records: Arc<Records>,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) planned: Arc<Shown>,
     pub(crate) shutdown: Shutdown,
 }
 
@@ -76,6 +79,7 @@ impl Subject for RouterSubject {
     }
 
     fn metrics(&self) -> String {
+        self.metrics.observe_index(self.workers.prefixes().size());
         self.metrics.render(self.dispatcher.waiting(), |state| self.workers.count(state))
     }
 }
@@ -116,6 +120,7 @@ async fn cluster(State(subject): State<Arc<RouterSubject>>) -> Json<Value> {
         "routers": peers(&view.routers, "router"),
         "stores": peers(&view.stores, "store"),
         "leader": view.leader,
+        "planner": subject.planned.get(),
         "membership": { "connected": view.connected, "revision": view.revision },
     }))
 }
@@ -144,7 +149,9 @@ async fn role(
             return error(StatusCode::BAD_REQUEST, "invalid_value", message);
         }
     };
-    answer(subject.workers.order_role(&id, role).await.map(|()| json!({ "id": id, "role": role })))
+    answer(
+        subject.workers.order_role(&id, role, By::Operator).await.map(|()| json!({ "id": id, "role": role })),
+    )
 }
 
 async fn drain(State(subject): State<Arc<RouterSubject>>, Path(id): Path<String>) -> Response {

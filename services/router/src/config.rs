@@ -4,7 +4,7 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 
 use serde::Serialize;
-use tandem_chassis::config::{ByteSize, HumanDuration};
+use tandem_chassis::config::{ByteSize, HumanDuration, Slo};
 
 /// Options of a router.
 #[derive(Clone, Debug, clap::Parser, Serialize)]
@@ -46,9 +46,18 @@ pub struct RouterConfig {
     /// Context length in tokens, where it is not the checkpoint's
     #[arg(long)]
     pub context_tokens: Option<u32>,
-    /// How a request's workers are chosen: least-loaded or round-robin
-    #[arg(long, default_value = "least-loaded")]
+    /// How a request's workers are chosen: cost, prefix, least-loaded or round-robin
+    #[arg(long, default_value = "cost")]
     pub policy: String,
+    /// Whether roles follow the load: off, advise (say what would change) or on
+    #[arg(long, default_value_t)]
+    pub planner: PlannerMode,
+    /// Latency targets, such as ttft=1s,tpot=50ms: what can still meet them is computed first, what cannot is shed
+    #[arg(long)]
+    pub slo: Option<Slo>,
+    /// Memory of the index of what every worker has cached
+    #[arg(long, default_value = "256MiB")]
+    pub index_memory: ByteSize,
     /// Requests that may wait for a worker to begin them; more get 503
     #[arg(long, default_value_t = 256)]
     pub queue_max: usize,
@@ -83,18 +92,39 @@ impl RouterConfig {
         if self.queue_max == 0 {
             return Err("--queue-max must be at least 1".into());
         }
-        policy_served(&self.policy)
+        tandem_placement::named(&self.policy).map(|_| ())
     }
 }
 
-/// Whether this router can choose by the policy of this name: the view that it keeps of its workers has no step
-/// times and no prefixes yet, which `cost` and `prefix` choose by.
-pub fn policy_served(name: &str) -> Result<(), String> {
-    match name {
-        "cost" | "prefix" => Err(format!(
-            "--policy {name} is for `tandem sim` in this version; a router has least-loaded and round-robin"
-        )),
-        name => tandem_placement::named(name).map(|_| ()),
+/// What the role planner may do.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum PlannerMode {
+    /// Nothing.
+    #[default]
+    Off,
+    /// Say what it would change.
+    Advise,
+    /// Change roles.
+    On,
+}
+
+const MODES: [(&str, PlannerMode); 3] =
+    [("off", PlannerMode::Off), ("advise", PlannerMode::Advise), ("on", PlannerMode::On)];
+
+impl std::str::FromStr for PlannerMode {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<PlannerMode, String> {
+        let known = MODES.iter().find(|(name, _)| *name == text);
+        known.map(|(_, mode)| *mode).ok_or_else(|| format!("{text:?} is none of off, advise and on"))
+    }
+}
+
+impl std::fmt::Display for PlannerMode {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let known = MODES.iter().find(|(_, mode)| mode == self);
+        f.write_str(known.expect("every mode has a name").0)
     }
 }
 
@@ -109,6 +139,9 @@ mod tests {
             "--model=/m",
             "--port=0",
             "--policy=round-robin",
+            "--planner=advise",
+            "--slo=ttft=2s,tpot=30ms",
+            "--index-memory=1GiB",
             "--queue-max=7",
             "--request-deadline=30s",
             "--body-max=1MiB",
@@ -123,8 +156,7 @@ mod tests {
         assert!(refused(RouterConfig::defaults()).contains("--model DIR"));
         assert!(refused(RouterConfig { queue_max: 0, ..config.clone() }).contains("--queue-max"));
         assert!(
-            refused(RouterConfig { policy: "cost".into(), ..config })
-                .contains("least-loaded and round-robin")
+            refused(RouterConfig { policy: "chance".into(), ..config }).contains("least-loaded, round-robin")
         );
     }
 }

@@ -6,19 +6,23 @@
 //! once and in order, and there is exactly one terminal event. Dropping the course drops its legs, and that
 //! cancels them everywhere.
 
+mod placing;
 mod round;
 
 use std::collections::BTreeSet;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use serde_json::json;
+use tandem_chassis::config::Slo;
 use tandem_chassis::{Shutdown, Tasks, seam};
+use tandem_placement::admission::{self, Limits, Verdict};
+use tandem_placement::planner::Observer;
 use tandem_placement::{Candidate, Policy};
 use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
-use tandem_types::{FinishReason, Sampled, Time, Usage, WorkerId};
+use tandem_types::{BlockHash, FinishReason, Sampled, ServiceClass, Time, Usage, WorkerId};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Instrument;
 
@@ -40,6 +44,9 @@ const CLIENT_QUEUE: usize = 64;
 /// A client that reads nothing for so long is given up.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(30);
 
+/// Over so many seconds the length of answers is averaged.
+const ANSWERS_SECONDS: f64 = 60.0;
+
 /// Takes requests and sees them through.
 pub struct Dispatcher {
     workers: Arc<Workers>,
@@ -50,6 +57,8 @@ pub struct Dispatcher {
     queue: Arc<Semaphore>,
     queue_max: usize,
     ordinal: AtomicU64,
+    slo: Option<Slo>,
+    answers: Mutex<Observer>,
     tasks: Tasks,
     shutdown: Shutdown,
 }
@@ -61,6 +70,7 @@ impl Dispatcher {
         metrics: Arc<Metrics>,
         records: Arc<Records>,
         queue_max: usize,
+        slo: Option<Slo>,
         shutdown: Shutdown,
     ) -> Arc<Dispatcher> {
         Arc::new(Dispatcher {
@@ -71,6 +81,8 @@ impl Dispatcher {
             queue: Arc::new(Semaphore::new(queue_max)),
             queue_max,
             ordinal: AtomicU64::new(0),
+            slo,
+            answers: Mutex::new(Observer::new(ANSWERS_SECONDS)),
             tasks: Tasks::new(),
             shutdown,
         })
@@ -98,9 +110,11 @@ impl Dispatcher {
         }
         let overloaded = DispatchError::Overloaded { retry_after: Duration::from_secs(1) };
         let permit = self.queue.clone().try_acquire_owned().map_err(|_| overloaded)?;
-        if self.workers.candidates().1.is_empty() {
+        let candidates = self.workers.candidates().1;
+        if candidates.is_empty() {
             return Err(self.no_worker());
         }
+        self.check_chance(&request, &candidates)?;
         let (out, events) = mpsc::channel(CLIENT_QUEUE);
         let record = self.records.begin(&request);
         self.metrics.request_begins();
@@ -117,12 +131,47 @@ impl Dispatcher {
             placements: 0,
             avoid: BTreeSet::new(),
             holder: None,
+            hashes: None,
+            longest: None,
+            predicted_first: None,
             routed: false,
             first_token: None,
             last_token: None,
             record,
         };
         Ok((course, events))
+    }
+
+    /// With latency targets, what has no chance to meet them is better refused now than late.
+    fn check_chance(&self, request: &GenerateRequest, candidates: &[Candidate]) -> Result<(), DispatchError> {
+        let Some(slo) = self.slo else { return Ok(()) };
+        let facts = tandem_placement::Request {
+            prompt_tokens: request.prompt.len() as u32,
+            max_tokens: request.stop.max_tokens,
+            first_token_seconds: slo.ttft.as_secs_f64(),
+            token_seconds: slo.tpot.as_secs_f64(),
+            class: request.class,
+            ..tandem_placement::Request::default()
+        };
+        // The queue's own bound is kept by its permits.
+        match admission::admit(&facts, candidates, &Limits::default(), 0, self.queue_max) {
+            Verdict::Admit { .. } => Ok(()),
+            Verdict::Shed { reason, retry_after } => {
+                tracing::debug!(request = request.name, reason, "request shed");
+                Err(DispatchError::Overloaded { retry_after })
+            }
+        }
+    }
+
+    /// Mean length of the answers of late.
+    fn output_tokens(&self) -> f64 {
+        self.answers.lock().expect("nothing panics under this lock").output_tokens()
+    }
+
+    /// Tokens were delivered, or answers ended.
+    fn count_answers(&self, tokens: f64, ended: f64) {
+        let now = seam::now();
+        self.answers.lock().expect("nothing panics under this lock").drawn(tokens, ended, now);
     }
 
     fn no_worker(&self) -> DispatchError {
@@ -168,6 +217,11 @@ struct Course {
     avoid: BTreeSet<WorkerId>,
     /// Who has computed the prompt last.
     holder: Option<WorkerId>,
+    /// Names of the prompt's blocks, and who holds the longest beginning of it.
+    hashes: Option<Vec<BlockHash>>,
+    longest: Option<(WorkerId, u32)>,
+    /// Seconds from its arrival to its first token, as predicted when it was placed.
+    predicted_first: Option<f64>,
     routed: bool,
     first_token: Option<Time>,
     last_token: Option<Time>,
@@ -201,6 +255,8 @@ impl Course {
                 let word = if reason == FinishReason::Length { "length" } else { "stop" };
                 self.record.end(word);
                 metrics.observe_end(self.request.arrived, decoding, &usage, word);
+                self.dispatcher.count_answers(0.0, 1.0);
+                self.observe_targets(decoding);
                 GenerateEvent::Finished { reason, usage }
             }
             Some(Err(error)) => {
@@ -211,6 +267,15 @@ impl Course {
             }
         };
         let _ = seam::timeout(CLIENT_PATIENCE, self.out.send(event)).await;
+    }
+
+    /// Whether the answer was in time; offline work has no targets.
+    fn observe_targets(&self, decoding: Duration) {
+        let online = self.request.class == ServiceClass::Online;
+        let Some(slo) = self.dispatcher.slo.filter(|_| online) else { return };
+        let first = self.first_token.is_some_and(|first| first.since(self.request.arrived) <= slo.ttft);
+        let further = self.delivered.len().saturating_sub(1) as u32;
+        self.dispatcher.metrics.observe_targets(first, decoding <= slo.tpot * further);
     }
 
     async fn rounds(&mut self) -> Result<FinishReason, DispatchError> {
@@ -453,6 +518,7 @@ impl Course {
     /// Hands a delta on: each position once, in order; a different token at a delivered position ends the leg.
     async fn deliver(&mut self, delta: &v1::Delta, from: &WorkerId) -> Result<(), Round> {
         self.begun(0);
+        self.dispatcher.count_answers(delta.tokens.len() as f64, 0.0);
         for (i, &token) in delta.tokens.iter().enumerate() {
             let position = delta.position as usize + i;
             let sampled = convert::sampled(token, delta.logprobs.get(i));
@@ -474,6 +540,9 @@ impl Course {
             self.first_token.get_or_insert(now);
             let since = self.last_token.replace(now).unwrap_or(self.request.arrived);
             self.dispatcher.metrics.observe_token(position == 0, now.since(since));
+            if let Some(predicted) = self.predicted_first.take() {
+                self.dispatcher.metrics.observe_prediction(predicted, now.since(since).as_secs_f64());
+            }
             let event = GenerateEvent::Token { position: position as u32, sampled };
             let sent = seam::timeout(CLIENT_PATIENCE, self.out.send(event)).await;
             if sent.is_err() {
@@ -514,105 +583,6 @@ impl Course {
             let route = Route { prefill: prefill.0.clone(), decode: decode.0.clone() };
             let _ = self.out.send(GenerateEvent::Routed(route)).await;
         }
-    }
-
-    // ------------------------------------------------------------------ placing
-
-    fn facts(&self) -> tandem_placement::Request {
-        tandem_placement::Request {
-            ordinal: self.ordinal,
-            prompt_tokens: (self.request.prompt.len() + self.delivered.len()) as u32,
-            max_tokens: self.request.stop.max_tokens,
-            ..tandem_placement::Request::default()
-        }
-    }
-
-    /// Candidates without those avoided, unless nobody else is left.
-    fn candidates(&self) -> (Vec<Arc<Link>>, Vec<Candidate>) {
-        let all = self.dispatcher.workers.candidates();
-        let fresh = all.0.iter().cloned().zip(all.1.iter().cloned());
-        let fresh: (Vec<_>, Vec<_>) = fresh.filter(|(link, _)| !self.avoid.contains(&link.worker)).unzip();
-        if fresh.0.is_empty() { all } else { fresh }
-    }
-
-    fn choose(&self) -> Option<(tandem_placement::Route, Vec<Arc<Link>>)> {
-        let (links, candidates) = self.candidates();
-        let request = self.facts();
-        let route = self.dispatcher.policy.choose(&request, &candidates);
-        let chosen =
-            route.map(|r| json!({ "prefill": links[r.prefill].worker, "decode": links[r.decode].worker }));
-        self.record.note("route", json!({ "request": request, "candidates": candidates, "chosen": chosen }));
-        Some((route?, links))
-    }
-
-    /// Who goes on from the KV at `prefill`. Chosen when it is needed, by the same policy.
-    fn choose_decode(&self, prefill: &WorkerId) -> Option<Arc<Link>> {
-        let (links, candidates) = self.candidates();
-        let at = links.iter().position(|link| link.worker == *prefill);
-        let chosen = self.dispatcher.policy.choose_decode(&self.facts(), &candidates, at);
-        self.record
-            .note("decode", json!({ "candidates": candidates, "chosen": chosen.map(|i| &links[i].worker) }));
-        chosen.map(|index| links[index].clone())
-    }
-
-    /// Sends a Start. With a handle, the tokens are those that the handle stands for.
-    fn open(
-        &mut self,
-        link: &Arc<Link>,
-        until: v1::Until,
-        handle: Option<v1::Handle>,
-        after: u32,
-    ) -> Result<Leg, Round> {
-        self.attempt += 1;
-        let request = &self.request;
-        let now = seam::now();
-        let mut tokens = request.prompt.to_vec();
-        tokens.extend(self.delivered.iter().map(|s| s.token));
-        if let Some(handle) = &handle {
-            tokens.truncate(handle.tokens as usize);
-        }
-        // What is handed over needs nothing borrowed.
-        let holder = self.holder.as_ref().filter(|holder| handle.is_none() && **holder != link.worker);
-        let blocks = request.prompt.len() as u32 / tandem_types::BLOCK_TOKENS;
-        let holders = holder.and_then(|holder| self.dispatcher.workers.holder(holder, blocks));
-        let start = v1::Start {
-            leg: 0,
-            request: convert::id128(request.id.0),
-            choice: request.choice.0,
-            attempt: self.attempt,
-            after,
-            worker_incarnation: 0,
-            epoch: 0,
-            inputs: handle.into_iter().collect(),
-            holders: holders.into_iter().collect(),
-            until: until as i32,
-            rows_wanted: v1::RowsWanted::None as i32,
-            remaining_ms: request.deadline.remaining(now).as_millis().min(u128::from(u32::MAX)) as u32,
-            class: match request.class {
-                tandem_types::ServiceClass::Online => v1::ServiceClass::Online,
-                tandem_types::ServiceClass::Offline => v1::ServiceClass::Offline,
-            } as i32,
-            tokens,
-            prompt_tokens: request.prompt.len() as u32,
-            sampling: Some((&request.sampling).into()),
-            stop: Some((&request.stop).into()),
-            salt: request.salt.clone().into(),
-            adapter: String::new(),
-            waited_ms: now.since(request.arrived).as_millis().min(u128::from(u32::MAX)) as u32,
-            // Without a collector of our own, the client's context goes on as it came.
-            traceparent: tandem_chassis::telemetry::traceparent_of_current()
-                .or_else(|| request.traceparent.clone())
-                .unwrap_or_default(),
-            request_name: request.name.clone(),
-            ttft_target_ms: None,
-            tpot_target_ms: None,
-        };
-        self.record.note(
-            "start",
-            json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }),
-        );
-        link.open(start)
-            .map_err(|error| Round::Again(Again::new(Some(link.worker.clone()), false, error.to_string())))
     }
 }
 

@@ -12,6 +12,8 @@ mod config;
 mod dispatch;
 mod link;
 mod metrics;
+mod planner;
+mod prefixes;
 mod process;
 mod records;
 mod request;
@@ -26,7 +28,7 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Kind, Membership, Registration, RegistrationGuard};
 use tandem_types::{Incarnation, WorkerState};
 
-pub use config::{RouterConfig, policy_served};
+pub use config::{PlannerMode, RouterConfig};
 pub use process::process_main;
 pub use request::{DispatchError, GenerateEvent, GenerateRequest, Generation, Route};
 
@@ -99,7 +101,8 @@ pub async fn start(
 
     let metrics = Arc::new(metrics::Metrics::new(&model_name));
     let records = Arc::new(records::Records::default());
-    let workers = workers::Workers::new(&id, incarnation, membership.clone(), shutdown.clone());
+    let prefixes = Arc::new(prefixes::Prefixes::new(config.index_memory.0));
+    let workers = workers::Workers::new(&id, incarnation, membership.clone(), prefixes, shutdown.clone());
     let policy = tandem_placement::named(&config.policy).map_err(StartError::Config)?;
     let dispatcher = dispatch::Dispatcher::new(
         workers.clone(),
@@ -107,10 +110,25 @@ pub async fn start(
         metrics.clone(),
         records.clone(),
         config.queue_max,
+        config.slo,
         shutdown.clone(),
     );
     let tasks = Tasks::new();
     tasks.spawn(workers.clone().run());
+    let planned = Arc::new(planner::Shown::default());
+    if config.planner != PlannerMode::Off {
+        let planner = planner::RolePlanner {
+            id: id.clone(),
+            mode: config.planner,
+            slo: config.slo,
+            workers: workers.clone(),
+            membership: membership.clone(),
+            metrics: metrics.clone(),
+            shutdown: shutdown.clone(),
+            shown: planned.clone(),
+        };
+        tasks.spawn(planner.run());
+    }
     // Requests finish while draining, so the API's own end comes after them.
     let api_end = Shutdown::new();
     let options = api::Options {
@@ -130,6 +148,7 @@ pub async fn start(
         dispatcher: dispatcher.clone(),
         records,
         metrics,
+        planned,
         shutdown: shutdown.clone(),
     });
     let admin_routes = tandem_chassis::admin::routes(subject.clone()).merge(admin::routes(subject));

@@ -15,6 +15,8 @@ use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence};
 use tandem_types::{Epoch, Incarnation, LeaseId, Role, Time, WorkerId, WorkerState};
 use tokio::sync::{mpsc, watch};
 
+use crate::prefixes::Prefixes;
+
 /// Both ends of a session beat this often.
 const BEAT: Duration = Duration::from_millis(200);
 /// So long without a beat, and the worker gets no new work.
@@ -61,6 +63,7 @@ pub(crate) struct Link {
     address: String,
     router: String,
     router_incarnation: Incarnation,
+    prefixes: Arc<Prefixes>,
     state: Mutex<LinkState>,
     changed: watch::Sender<u64>,
     sent: AtomicU64,
@@ -72,6 +75,9 @@ struct LinkState {
     legs: HashMap<u32, LegSlot>,
     next_leg: u32,
     leases: HashSet<LeaseId>,
+    /// The last report's number on its stream, and that of the last change which the index has taken in.
+    reported: u64,
+    indexed: u64,
     heard: Time,
     hung: bool,
     report: Report,
@@ -82,9 +88,23 @@ struct LinkState {
 struct LegSlot {
     events: mpsc::Sender<LegEvent>,
     paused: bool,
-    /// The number of the message that started it, and its prompt tokens: counted until a report covers it.
+    /// The number of the message that started it, its tokens, and whether their KV is handed over: counted until a
+    /// report covers it.
     sequence: u64,
     tokens: u32,
+    handed_over: bool,
+}
+
+/// Legs open at a worker, and what its last report does not count of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(crate) struct InFlight {
+    pub(crate) legs: u32,
+    /// Tokens of prompts to compute, and the seconds that takes.
+    pub(crate) prompt_tokens: u64,
+    pub(crate) prompt_seconds: f64,
+    /// Sequences handed over, and their tokens.
+    pub(crate) decodes: u32,
+    pub(crate) decode_tokens: u64,
 }
 
 /// Why a leg could not be opened.
@@ -102,8 +122,10 @@ impl Link {
         address: String,
         router: &str,
         router_incarnation: Incarnation,
+        prefixes: Arc<Prefixes>,
     ) -> Arc<Link> {
         Arc::new(Link {
+            prefixes,
             worker,
             incarnation,
             address,
@@ -145,11 +167,20 @@ impl Link {
         self.lock().trouble.clone()
     }
 
-    /// Legs open here, and the prompt tokens of those that the last report does not count yet.
-    pub(crate) fn in_flight(&self) -> (u32, u64) {
+    /// Legs open here, and what the last report does not count yet. `seconds` says what a prompt takes.
+    pub(crate) fn in_flight(&self, seconds: impl Fn(u32) -> f64) -> InFlight {
         let state = self.lock();
-        let beyond = state.legs.values().filter(|leg| leg.sequence > state.report.admitted);
-        (state.legs.len() as u32, beyond.map(|leg| u64::from(leg.tokens)).sum())
+        let mut sum = InFlight { legs: state.legs.len() as u32, ..InFlight::default() };
+        for leg in state.legs.values().filter(|leg| leg.sequence > state.report.admitted) {
+            if leg.handed_over {
+                sum.decodes += 1;
+                sum.decode_tokens += u64::from(leg.tokens);
+            } else {
+                sum.prompt_tokens += u64::from(leg.tokens);
+                sum.prompt_seconds += seconds(leg.tokens);
+            }
+        }
+        sum
     }
 
     /// Sends a Start; the answer, and everything after, comes through the leg.
@@ -169,13 +200,13 @@ impl Link {
         start.leg = name;
         start.worker_incarnation = self.incarnation.0;
         start.epoch = state.report.epoch.0;
-        let tokens = start.tokens.len() as u32;
+        let (tokens, handed_over) = (start.tokens.len() as u32, !start.inputs.is_empty());
         // Under the lock, so that the order of the channel is the order of the numbers.
         if outbound.try_send(to_worker::Message::Start(start)).is_err() {
             return Err(not_connected("its session does not keep up"));
         }
         let sequence = self.sent.fetch_add(1, Ordering::Relaxed) + 1;
-        state.legs.insert(name, LegSlot { events, paused: false, sequence, tokens });
+        state.legs.insert(name, LegSlot { events, paused: false, sequence, tokens, handed_over });
         Ok(Leg { link: self.clone(), name, events: receiver, lease: None, over: false })
     }
 
@@ -275,7 +306,8 @@ impl Link {
             state.hung = false;
             state.trouble.clear();
             state.report.epoch = Epoch(welcome.epoch);
-            apply_report(&mut state, &self.router, snapshot);
+            state.reported = 0;
+            self.take_report(&mut state, snapshot)?;
             state.outbound = Some(outbound);
         }
         self.announce();
@@ -303,9 +335,11 @@ impl Link {
                 },
                 report = watch.message() => match report {
                     Ok(Some(report)) => {
-                        let changed = apply_report(&mut self.lock(), &self.router, report);
-                        if changed {
-                            self.announce();
+                        let taken = self.take_report(&mut self.lock(), report);
+                        match taken {
+                            Ok(true) => self.announce(),
+                            Ok(false) => {}
+                            Err(why) => return why,
                         }
                     }
                     Ok(None) => return "its reports ended".into(),
@@ -409,6 +443,28 @@ impl Link {
         was_open
     }
 
+    /// Takes in a report; true if it matters for who may get work.
+    fn take_report(&self, state: &mut LinkState, event: v1::WatchEvent) -> Result<bool, String> {
+        if event.sequence != state.reported + 1 {
+            return Err(format!("report {} came after {}", event.sequence, state.reported));
+        }
+        state.reported = event.sequence;
+        self.prefixes
+            .take(&self.worker, self.incarnation, &event, &mut state.indexed)
+            .map_err(|error| error.to_string())?;
+        let report = Report {
+            role: tandem_proto::convert::role("WatchEvent.role", event.role).ok(),
+            epoch: Epoch(event.epoch),
+            draining: event.state == WorkerState::Draining.as_str(),
+            admitted: event.admitted.get(&self.router).copied().unwrap_or(0),
+            load: event.load.unwrap_or_default(),
+        };
+        let matters = (report.role, report.epoch, report.draining)
+            != (state.report.role, state.report.epoch, state.report.draining);
+        state.report = report;
+        Ok(matters)
+    }
+
     fn announce(&self) {
         self.changed.send_modify(|n| *n += 1);
     }
@@ -436,21 +492,6 @@ fn fail_point(message: &v1::FromWorker) -> Option<&'static str> {
         event::Event::Preempted(_) => (6, "frame.preempted"),
     };
     frame.events.iter().filter_map(|event| event.event.as_ref().map(rank)).max().map(|(_, point)| point)
-}
-
-fn apply_report(state: &mut LinkState, router: &str, event: v1::WatchEvent) -> bool {
-    let admitted = event.admitted.get(router).copied().unwrap_or(0);
-    let report = Report {
-        role: tandem_proto::convert::role("WatchEvent.role", event.role).ok(),
-        epoch: Epoch(event.epoch),
-        draining: event.state == WorkerState::Draining.as_str(),
-        load: event.load.unwrap_or_default(),
-        admitted,
-    };
-    let matters = (report.role, report.epoch, report.draining)
-        != (state.report.role, state.report.epoch, state.report.draining);
-    state.report = report;
-    matters
 }
 
 /// An attempt that is live on a worker. Dropping it cancels it there.

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use tandem_chassis::metrics::{self, HistogramVec, IntCounterVec, IntGaugeVec, Registry};
 use tandem_chassis::seam;
-use tandem_types::{Time, Usage, WorkerState};
+use tandem_types::{Role, Time, Usage, WorkerState};
 
 use crate::request::DispatchError;
 
@@ -25,6 +25,16 @@ pub(crate) struct Metrics {
     retried: IntCounterVec,
     diverged: IntCounterVec,
     workers: IntGaugeVec,
+    slo: IntCounterVec,
+    decisions: IntCounterVec,
+    decision: HistogramVec,
+    prediction_error: HistogramVec,
+    prefix_tokens: IntCounterVec,
+    index: IntGaugeVec,
+    plans: IntCounterVec,
+    replicas: IntGaugeVec,
+    flips: IntCounterVec,
+    flip: HistogramVec,
 }
 
 impl Metrics {
@@ -90,6 +100,55 @@ impl Metrics {
                 &[],
             ),
             workers: registry.gauge("tandem_workers", "workers by state", &["state"]),
+            slo: ours.counter(
+                "tandem_slo_requests_total",
+                "answers that ended well by whether they met a target; both met is goodput",
+                &["objective", "met"],
+            ),
+            decisions: ours.counter(
+                "tandem_route_decisions_total",
+                "routes chosen: one worker for all, or one for prefill and one for decode",
+                &["path"],
+            ),
+            decision: ours.histogram(
+                "tandem_route_decision_seconds",
+                "time to choose a route",
+                &[],
+                metrics::STEP_SECONDS,
+            ),
+            prediction_error: ours.histogram(
+                "tandem_predicted_ttft_error_ratio",
+                "predicted over actual time to the first token, off by this much of the actual one",
+                &[],
+                metrics::RATIOS,
+            ),
+            prefix_tokens: ours.counter(
+                "tandem_prefix_hit_tokens_total",
+                "prompt tokens known to be cached at the chosen prefill worker (device), or at another (peer)",
+                &["tier"],
+            ),
+            index: registry.gauge(
+                "tandem_prefix_index",
+                "the index of what workers have cached: entries, bytes, and blocks forgotten for its bound",
+                &["what"],
+            ),
+            plans: registry.counter("tandem_planner_decisions_total", "plans of roles", &["flips"]),
+            replicas: registry.gauge(
+                "tandem_planner_desired_replicas",
+                "workers that the load of late asks for",
+                &["role"],
+            ),
+            flips: registry.counter(
+                "tandem_planner_flips_total",
+                "role changes ordered, and whether they were obeyed",
+                &["from", "to", "obeyed"],
+            ),
+            flip: registry.histogram(
+                "tandem_role_switch_seconds",
+                "from ordering a role to the worker's word that it has it",
+                &[],
+                metrics::STEP_SECONDS,
+            ),
             registry,
         }
     }
@@ -135,6 +194,58 @@ impl Metrics {
             }
         }
         self.requests.with_label_values(&[how]).inc();
+    }
+
+    /// An answer ended well; whether it met its targets.
+    pub(crate) fn observe_targets(&self, first: bool, each: bool) {
+        for (objective, met) in [("ttft", first), ("tpot", each), ("both", first && each)] {
+            self.slo.with_label_values(&[objective, if met { "true" } else { "false" }]).inc();
+        }
+    }
+
+    /// A route was chosen.
+    pub(crate) fn observe_decision(&self, alone: bool, took: Duration) {
+        let path = if alone { "one_worker" } else { "prefill_decode" };
+        self.decisions.with_label_values(&[path]).inc();
+        self.decision.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
+    }
+
+    /// The first token came after so long, and was predicted to come after that.
+    pub(crate) fn observe_prediction(&self, predicted: f64, actual: f64) {
+        if predicted.is_finite() && actual > 0.0 {
+            let error = (predicted / actual - 1.0).abs();
+            self.prediction_error.with_label_values::<&str>(&[]).observe(error);
+        }
+    }
+
+    /// The index knew so many tokens of a prompt, at the chosen worker or at another.
+    pub(crate) fn observe_held(&self, tier: &str, tokens: u32) {
+        self.prefix_tokens.with_label_values(&[tier]).inc_by(u64::from(tokens));
+    }
+
+    /// The size of the index: entries, bytes, blocks forgotten.
+    pub(crate) fn observe_index(&self, (entries, bytes, evicted): (usize, usize, u64)) {
+        for (what, value) in
+            [("entries", entries as i64), ("bytes", bytes as i64), ("evicted", evicted as i64)]
+        {
+            self.index.with_label_values(&[what]).set(value);
+        }
+    }
+
+    /// Roles were planned, and whether anything should change.
+    pub(crate) fn observe_plan(&self, flips: bool, (prefill, decode): (usize, usize)) {
+        self.plans.with_label_values(&[if flips { "some" } else { "none" }]).inc();
+        self.replicas.with_label_values(&["prefill"]).set(prefill as i64);
+        self.replicas.with_label_values(&["decode"]).set(decode as i64);
+    }
+
+    /// A role was ordered, and taken after so long, if it was.
+    pub(crate) fn observe_flip(&self, from: Role, to: Role, took: Option<Duration>) {
+        let obeyed = if took.is_some() { "true" } else { "false" };
+        self.flips.with_label_values(&[from.as_str(), to.as_str(), obeyed]).inc();
+        if let Some(took) = took {
+            self.flip.with_label_values::<&str>(&[]).observe(took.as_secs_f64());
+        }
     }
 
     /// The text of `/metrics`.

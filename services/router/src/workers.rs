@@ -9,19 +9,28 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_chassis::{Shutdown, Tasks, seam};
-use tandem_cluster::{Membership, Registration, View};
+use tandem_cluster::{By, Membership, Registration, View};
 use tandem_placement::Candidate;
-use tandem_proto::v1::Holder;
-use tandem_types::{Incarnation, Role, WorkerId, WorkerState};
+use tandem_proto::v1::{self, Holder};
+use tandem_types::{BLOCK_TOKENS, Incarnation, KvIdentity, Role, StepTime, WorkerId, WorkerState};
 use tokio::sync::watch;
 
-use crate::link::Link;
+use crate::link::{Link, Report};
+use crate::prefixes::Prefixes;
+
+/// So long the planner leaves a worker alone whose role an operator has ordered.
+const OPERATOR_HOLDS: Duration = Duration::from_secs(600);
+
+/// What a hand-off takes before its first byte, and how fast bytes are, by and large.
+const WAY_SETUP_SECONDS: f64 = 2e-3;
+const WAY_BYTES_PER_SECOND: f64 = 3e9;
 
 /// Every worker that this router knows, with its session.
 pub(crate) struct Workers {
     router: String,
     incarnation: Incarnation,
     membership: Arc<dyn Membership>,
+    prefixes: Arc<Prefixes>,
     known: Mutex<Known>,
     changed: watch::Sender<u64>,
     tasks: Tasks,
@@ -54,12 +63,14 @@ impl Workers {
         router: &str,
         incarnation: Incarnation,
         membership: Arc<dyn Membership>,
+        prefixes: Arc<Prefixes>,
         shutdown: Shutdown,
     ) -> Arc<Workers> {
         Arc::new(Workers {
             router: router.to_owned(),
             incarnation,
             membership,
+            prefixes,
             known: Mutex::default(),
             changed: watch::Sender::new(0),
             tasks: Tasks::new(),
@@ -107,6 +118,7 @@ impl Workers {
             let keep = view.workers.contains_key(&id.0) || linked.link.state(now) != WorkerState::Dead;
             if !keep {
                 linked.gone.send_replace(true);
+                self.prefixes.forget(id);
             }
             keep
         });
@@ -119,6 +131,7 @@ impl Workers {
             registration.address.clone(),
             &self.router,
             self.incarnation,
+            self.prefixes.clone(),
         );
         let (gone, is_gone) = watch::channel(false);
         self.tasks.spawn(link.clone().run(self.shutdown.clone(), is_gone));
@@ -148,7 +161,32 @@ impl Workers {
         let ready = known.links.iter().filter(|(id, linked)| {
             !known.cordoned.contains(*id) && linked.link.state(now) == WorkerState::Ready
         });
-        ready.map(|(id, linked)| (linked.link.clone(), candidate(id, linked))).unzip()
+        let (links, mut candidates): (Vec<_>, Vec<_>) =
+            ready.map(|(id, linked)| (linked.link.clone(), candidate(id, linked))).unzip();
+        drop(known);
+        // A worker that has not measured itself yet is taken to be like the others.
+        let common = common_model(&candidates);
+        candidates.iter_mut().for_each(|candidate| candidate.model = candidate.model.or(common));
+        (links, candidates)
+    }
+
+    /// The last report of every worker that lives, with the start of its process.
+    pub(crate) fn reports(&self) -> Vec<(WorkerId, Incarnation, Report)> {
+        let now = seam::now();
+        let known = self.lock();
+        let alive = known.links.iter().filter(|(_, linked)| linked.link.state(now) != WorkerState::Dead);
+        alive.map(|(id, linked)| (id.clone(), linked.link.incarnation, linked.link.report())).collect()
+    }
+
+    /// What the KV of the workers is, from the first that says so.
+    pub(crate) fn identity(&self) -> Option<KvIdentity> {
+        let known = self.lock();
+        known.links.values().next().map(|linked| linked.registration.identity.clone())
+    }
+
+    /// What every worker has cached.
+    pub(crate) fn prefixes(&self) -> &Prefixes {
+        &self.prefixes
     }
 
     /// How many workers are in each state.
@@ -176,7 +214,12 @@ impl Workers {
                 "incarnation": registration.incarnation.to_string(),
                 "pid": registration.pid,
                 "transports": registration.transports,
-                "in_flight": linked.link.in_flight().0,
+                "in_flight": linked.link.in_flight(|_| 0.0).legs,
+                "blocks": {
+                    "total": report.load.blocks_total,
+                    "free": report.load.blocks_free,
+                    "cached": report.load.blocks_cached,
+                },
                 "running": report.load.running,
                 "waiting": report.load.waiting,
                 "trouble": linked.link.trouble(),
@@ -232,8 +275,8 @@ impl Workers {
         reply.map_err(|_| refused("no answer in 3 s".into()))?.map_err(refused)
     }
 
-    /// Orders another role, by way of membership.
-    pub(crate) async fn order_role(&self, worker: &str, role: Role) -> Result<(), WishError> {
+    /// Orders another role, by way of membership. An operator's order keeps the planner away for a while.
+    pub(crate) async fn order_role(&self, worker: &str, role: Role, by: By) -> Result<(), WishError> {
         let registration = self.registration(worker)?;
         let report = self.lock().links.get(&WorkerId(worker.to_owned())).map(|l| l.link.report());
         let epoch = report.map_or(registration.epoch, |report| report.epoch.max(registration.epoch));
@@ -241,8 +284,8 @@ impl Workers {
             incarnation: registration.incarnation,
             expected_epoch: epoch,
             role,
-            by: tandem_cluster::By::Operator,
-            until: None,
+            by,
+            until: (by == By::Operator).then(|| (seam::unix_time() + OPERATOR_HOLDS).as_millis() as u64),
         };
         let ordered = self.membership.order_role(worker, order).await;
         ordered.map_err(|error| WishError::Refused(error.to_string()))
@@ -260,19 +303,65 @@ impl Workers {
     }
 }
 
+/// What a policy may know of a worker: its last report, and what was sent since.
 fn candidate(id: &WorkerId, linked: &Linked) -> Candidate {
-    let (in_flight, tokens_beyond) = linked.link.in_flight();
     let report = linked.link.report();
     let load = &report.load;
+    let pacing = load.pacing.unwrap_or_default();
+    let model = pacing.step_time.map(step_time).filter(StepTime::is_sane);
+    let prompt_budget = pacing.prompt_budget.max(1);
+    let seconds = |tokens| model.map_or(0.0, |model| model.prefill(tokens, 0, prompt_budget));
+    let sent = linked.link.in_flight(seconds);
     let used = load.blocks_total.saturating_sub(load.blocks_free + load.blocks_cached);
     Candidate {
         worker: id.clone(),
         role: report.role.or(linked.registration.role).unwrap_or(Role::Mixed),
-        in_flight,
+        in_flight: sent.legs,
         running: load.running,
         waiting: load.waiting,
-        waiting_tokens: load.waiting_tokens + tokens_beyond,
+        waiting_tokens: load.waiting_tokens + sent.prompt_tokens,
         kv_usage: if load.blocks_total == 0 { 0.0 } else { used as f32 / load.blocks_total as f32 },
-        ..Candidate::default()
+        model,
+        prompt_budget,
+        paced: pacing.by_slack,
+        queue_seconds: load.queue_seconds + sent.prompt_seconds,
+        timely_seconds: load.timely_seconds + sent.prompt_seconds,
+        decodes: load.decodes.saturating_add(sent.decodes),
+        decode_tokens: load.decode_tokens.saturating_add(sent.decode_tokens),
+        kv_tokens: u64::from(load.blocks_total) * u64::from(BLOCK_TOKENS),
+        rows_max: pacing.rows_max,
+        link: way(&linked.registration),
+        near: Vec::new(),
     }
+}
+
+/// The line bound by arithmetic from those that prefill, the one bound by memory from those that decode.
+pub(crate) fn common_model(candidates: &[Candidate]) -> Option<StepTime> {
+    let of = |role| candidates.iter().filter(move |c| c.role == role).find_map(Candidate::sane_model);
+    let any = || candidates.iter().find_map(Candidate::sane_model);
+    let prefill = of(Role::Prefill).or_else(any)?;
+    let decode = of(Role::Decode).or_else(any)?;
+    let model = StepTime {
+        a0: prefill.a0,
+        a1: prefill.a1,
+        a2: prefill.a2,
+        b0: decode.b0,
+        b1: decode.b1,
+        b2: decode.b2,
+    };
+    model.is_sane().then_some(model)
+}
+
+/// The way between workers of this model, before anybody has measured it.
+fn way(registration: &Registration) -> tandem_placement::Link {
+    let block_bytes: u64 = registration.form.page_bytes.iter().sum();
+    let token_bytes = block_bytes as f64 / f64::from(BLOCK_TOKENS);
+    tandem_placement::Link {
+        setup_seconds: WAY_SETUP_SECONDS,
+        tokens_per_second: WAY_BYTES_PER_SECOND / token_bytes.max(1.0),
+    }
+}
+
+fn step_time(said: v1::StepTime) -> StepTime {
+    StepTime { a0: said.a0, a1: said.a1, a2: said.a2, b0: said.b0, b1: said.b1, b2: said.b2 }
 }

@@ -8,10 +8,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use serde::Serialize;
-use tandem_chassis::config::{ByteSize, HumanDuration};
+use tandem_chassis::config::{ByteSize, HumanDuration, Slo};
 use tandem_chassis::{Shutdown, seam, telemetry};
 use tandem_cluster::{Embedded, Membership};
-use tandem_router::RouterConfig;
+use tandem_router::{PlannerMode, RouterConfig};
 use tandem_types::Role;
 use tandem_worker::WorkerConfig;
 use tandem_worker::engine::{Dtype, FakeSpec};
@@ -54,15 +54,15 @@ pub struct UpConfig {
     /// Whether the numerics class of both ends of a hand-off must be equal: strict
     #[arg(long, default_value = "strict")]
     pub numerics: tandem_worker::Numerics,
-    /// How a request's workers are chosen: least-loaded or round-robin
-    #[arg(long, default_value = "least-loaded")]
+    /// How a request's workers are chosen: cost, prefix, least-loaded or round-robin
+    #[arg(long, default_value = "cost")]
     pub policy: String,
-    /// Role planner: off (advise and on are not in this version)
-    #[arg(long, default_value = "off")]
-    pub planner: String,
-    /// Latency targets such as ttft=1s,tpot=50ms (not in this version)
+    /// Whether roles follow the load: off, advise (say what would change) or on
+    #[arg(long, default_value_t)]
+    pub planner: PlannerMode,
+    /// Latency targets, such as ttft=1s,tpot=50ms: what can still meet them is computed first, what cannot is shed
     #[arg(long)]
-    pub slo: Option<String>,
+    pub slo: Option<Slo>,
     /// Address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     pub bind: IpAddr,
@@ -150,18 +150,12 @@ impl UpConfig {
         if self.kv_store > 0 {
             return Err("--kv-store: this version has no KV store".into());
         }
-        if self.planner != "off" {
-            return Err(format!("--planner {}: this version has no role planner; it has off", self.planner));
-        }
-        if self.slo.is_some() {
-            return Err("--slo: this version does not plan by latency targets".into());
-        }
         if self.transport == "inproc" && self.processes {
             return Err(
                 "--transport inproc reaches no other process; use shm, tcp or auto with --processes".into()
             );
         }
-        tandem_router::policy_served(&self.policy)?;
+        tandem_placement::named(&self.policy)?;
         model::find(&self.model).map(|_| ())
     }
 
@@ -228,6 +222,8 @@ impl UpConfig {
             model_name: self.model_name(),
             context_tokens: self.fake.as_ref().map(|_| tandem_worker::engine::FAKE_CONTEXT_TOKENS),
             policy: self.policy.clone(),
+            planner: self.planner,
+            slo: self.slo,
             drain_timeout: self.drain_timeout,
             telemetry: self.telemetry.clone(),
             ..RouterConfig::defaults()
@@ -390,9 +386,7 @@ mod tests {
         for (arguments, part) in [
             ("--encoder 1", "no encoder"),
             ("--kv-store 1", "no KV store"),
-            ("--planner on", "no role planner"),
-            ("--slo ttft=1s", "latency targets"),
-            ("--policy cost", "least-loaded"),
+            ("--policy chance", "least-loaded"),
             ("--mixed 0", "no worker is left"),
             ("--transport inproc --processes", "no other process"),
             ("--model /no/such/dir", "no such directory"),

@@ -93,6 +93,40 @@ impl fmt::Display for HumanDuration {
     }
 }
 
+/// Latency targets of a request: until its first token, and per further token on average.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Slo {
+    /// Until the first token.
+    pub ttft: Duration,
+    /// Per further token, on average.
+    pub tpot: Duration,
+}
+
+impl FromStr for Slo {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<Self, ParseError> {
+        let wrong = || ParseError(format!("`{text}` are no targets: write them like ttft=1s,tpot=50ms"));
+        let mut targets = [None; 2];
+        for part in text.split(',') {
+            let (name, value) = part.split_once('=').ok_or_else(wrong)?;
+            let at = ["ttft", "tpot"].iter().position(|known| *known == name.trim()).ok_or_else(wrong)?;
+            let HumanDuration(target) = value.parse().map_err(|_| wrong())?;
+            targets[at] = Some(target).filter(|target| !target.is_zero());
+        }
+        match targets {
+            [Some(ttft), Some(tpot)] => Ok(Slo { ttft, tpot }),
+            _ => Err(wrong()),
+        }
+    }
+}
+
+impl fmt::Display for Slo {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ttft={},tpot={}", HumanDuration(self.ttft), HumanDuration(self.tpot))
+    }
+}
+
 /// The number in front and the unit behind it, with the space between them gone.
 fn split(text: &str) -> (&str, &str) {
     let text = text.trim();
@@ -115,6 +149,12 @@ fn scaled(number: &str, unit: u64) -> Option<u64> {
 }
 
 impl Serialize for ByteSize {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl Serialize for Slo {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         serializer.collect_str(self)
     }
@@ -200,6 +240,17 @@ mod tests {
         #[test]
         fn no_text_makes_the_readers_panic(text: String) {
             let _ = (text.parse::<ByteSize>(), text.parse::<HumanDuration>());
+        }
+    }
+
+    #[test]
+    fn targets_are_read_and_written_alike() {
+        let slo: Slo = "ttft=1s,tpot=50ms".parse().unwrap();
+        assert_eq!(slo, Slo { ttft: Duration::from_secs(1), tpot: Duration::from_millis(50) });
+        assert_eq!(slo.to_string(), "ttft=1s,tpot=50ms");
+        assert_eq!("tpot=0.5s, ttft=10s".parse::<Slo>().unwrap().to_string(), "ttft=10s,tpot=500ms");
+        for wrong in ["", "ttft=1s", "ttft=1,tpot=2ms", "ttft=0s,tpot=2ms", "ttft=1s,tpot=2ms,e2e=3s"] {
+            assert!(wrong.parse::<Slo>().unwrap_err().to_string().contains("ttft=1s,tpot=50ms"), "{wrong}");
         }
     }
 }

@@ -30,25 +30,25 @@ pub struct Tuning {
     pub share_least: f64,
     /// How much of that share may be counted on: decodes come and go while a prompt waits.
     pub share_trust: f64,
+    /// Routes whose costs differ by less are as good as each other.
+    pub equal_seconds: f64,
     /// How many of each side are weighed in pairs.
     pub few: usize,
     /// Whether prefixes may be brought from peers.
     pub peer_pulls: bool,
 }
 
-fn env(k: &str, d: f64) -> f64 {
-    std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d)
-}
 impl Default for Tuning {
     fn default() -> Self {
         Tuning {
-            miss_seconds: env("MISS", 10.0),
-            edge: env("EDGE", 0.95),
-            softness: env("SOFT", 0.04),
-            decode_on_prefill_seconds: env("DOP", 1.0),
-            prefill_on_decode_seconds: env("POD", 0.05),
-            share_least: env("SHARE", 0.1),
-            share_trust: env("SAFE", 0.7),
+            miss_seconds: 10.0,
+            edge: 0.95,
+            softness: 0.04,
+            decode_on_prefill_seconds: 1.0,
+            prefill_on_decode_seconds: 0.05,
+            share_least: 0.1,
+            share_trust: 0.7,
+            equal_seconds: 0.5e-3,
             few: 8,
             peer_pulls: true,
         }
@@ -299,16 +299,25 @@ impl Cost {
         everything.cheapest(request, candidates)
     }
 
-    /// The cheapest route and its cost.
+    /// The cheapest route and its cost. Requests take turns among routes that cost the same by and large, or one
+    /// worker would do everything while little is asked for, and a new one nothing.
     pub fn cheapest(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
         let (pairs, _) = self.pairs(request, candidates);
-        let costs = pairs.iter().map(|(p, d)| {
+        let cost = |(p, d): &(PrefillPart, DecodePart)| {
             (Route { prefill: p.at, decode: d.at }, self.join(p, d, request, candidates).sum())
-        });
-        costs.min_by(|a, b| {
-            a.1.total_cmp(&b.1).then((a.0.prefill, a.0.decode).cmp(&(b.0.prefill, b.0.decode)))
-        })
+        };
+        in_turn(pairs.iter().map(cost).collect(), self.tuning.equal_seconds, request.ordinal)
     }
+}
+
+/// One of those whose cost is the least by and large; `turn` says which.
+fn in_turn<T: Copy + Ord>(costs: Vec<(T, f64)>, equal_seconds: f64, turn: u64) -> Option<(T, f64)> {
+    let least = costs.iter().map(|(_, cost)| *cost).min_by(f64::total_cmp)?;
+    let near = |cost: f64| cost <= least + equal_seconds || cost.total_cmp(&least).is_eq();
+    let mut equal: Vec<(T, f64)> = costs.into_iter().filter(|(_, cost)| near(*cost)).collect();
+    equal.sort_by_key(|(which, _)| *which);
+    equal.dedup_by_key(|(which, _)| *which);
+    Some(equal[(turn % equal.len() as u64) as usize])
 }
 
 /// A prefix at a peer.
@@ -378,7 +387,7 @@ impl Policy for Cost {
             };
             (at, cost)
         });
-        costs.min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0))).map(|(at, _)| at)
+        in_turn(costs.collect(), self.tuning.equal_seconds, request.ordinal).map(|(at, _)| at)
     }
 
     fn explain(&self, request: &Request, candidates: &[Candidate]) -> Explanation {
@@ -391,7 +400,11 @@ impl Policy for Cost {
             (a.1.sum().total_cmp(&b.1.sum())).then((a.0.prefill, a.0.decode).cmp(&(b.0.prefill, b.0.decode)))
         });
         considered.dedup_by_key(|(route, _)| *route);
-        let chosen = considered.first().map(|(route, _)| *route);
+        // Of those that are as good as the first, the one whose turn it is.
+        let chosen = self.cheapest(request, candidates).map(|(route, _)| route);
+        if let Some(turn) = considered.iter().position(|(route, _)| Some(*route) == chosen) {
+            considered[..=turn].rotate_right(1);
+        }
         let name = |at: usize| candidates[at].worker.to_string();
         let reason = match considered.as_slice() {
             [] => "no candidate can prefill and decode".to_owned(),

@@ -27,6 +27,10 @@ impl Core {
                     if first && leg.until == Until::End {
                         self.enter(id, StageName::Decode);
                     }
+                    if first {
+                        self.begin_target(id, now);
+                    }
+                    self.count_drawn(1, 0, now);
                     self.push_delta(session, name, position, &sampled);
                     self.legs.get_mut(&id).expect("looked up above").last = Some(sampled);
                 }
@@ -35,7 +39,10 @@ impl Core {
                     let usage = Usage { cached_tokens: leg.cached_tokens, ..usage };
                     leg.stage = Stage::HandedOff;
                     match reason {
-                        Some(reason) => self.remove_leg(id, Finish::Finished(reason, usage), now),
+                        Some(reason) => {
+                            self.count_drawn(0, 1, now);
+                            self.remove_leg(id, Finish::Finished(reason, usage), now);
+                        }
                         None => self.seal(id, usage, now),
                     }
                 }

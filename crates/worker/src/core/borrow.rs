@@ -86,7 +86,7 @@ impl Core {
     /// Nobody borrows past somebody who waits for memory: the pages for the whole prompt are taken here.
     pub(super) fn compute(&mut self, id: SequenceId, spec: SequenceSpec, now: Time) {
         let Some((holder, chain)) = self.lender_for(id, &spec) else {
-            return self.batcher.add(spec, Origin::Fresh);
+            return self.add_to_batch(id, spec, Origin::Fresh, now);
         };
         let known = spec.tokens.len() as u32;
         let room = match spec.until {
@@ -94,7 +94,7 @@ impl Core {
             Until::End | Until::Hidden => (known + BLOCK_TOKENS).min(self.constants.context_tokens),
         };
         let Ok((table, computed)) = self.kv.open(chain.hashes(), known, room, now) else {
-            return self.batcher.add(spec, Origin::Fresh);
+            return self.add_to_batch(id, spec, Origin::Fresh, now);
         };
         let most = ((known - 1) / BLOCK_TOKENS).min(holder.blocks) as usize;
         let local = (0..self.constants.groups).map(|g| table.pages(g)[..most].to_vec()).collect();
@@ -144,7 +144,7 @@ impl Core {
             return self.kv.close(table, now);
         };
         leg.stage = Stage::Running;
-        self.batcher.add(spec, Origin::Computed { table, computed });
+        self.add_to_batch(id, spec, Origin::Computed { table, computed }, now);
         self.admitted_sequence(id, computed, now);
     }
 

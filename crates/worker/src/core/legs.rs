@@ -1,6 +1,6 @@
 //! A leg: one attempt that is live here, what it holds, and how it leaves.
 
-use tandem_batching::{SequenceId, SequenceSpec};
+use tandem_batching::{SequenceId, SequenceSpec, Target};
 use tandem_kv_cache::Table;
 use tandem_proto::v1;
 use tandem_types::{
@@ -33,6 +33,8 @@ pub(super) struct Leg {
     pub first_token_at: Option<Time>,
     /// Who else may hold its first blocks.
     pub holders: Vec<Holder>,
+    /// When its tokens are due, if it has targets.
+    pub target: Option<Target>,
 }
 
 /// Where a leg is.

@@ -7,6 +7,7 @@ mod absorb;
 mod borrow;
 mod legs;
 mod pulls;
+mod speed;
 mod start;
 #[cfg(test)]
 mod tests;
@@ -28,6 +29,8 @@ pub use borrow::{Costs, Holder};
 use legs::Leg;
 pub use legs::{Finish, LegReport, PullOrder, PullSource, StageChange, StageName};
 pub use pulls::PullFailure;
+use speed::Speed;
+pub use speed::measure;
 pub use whole::{CompletedPage, PageSum};
 
 /// One Session stream, numbered by this worker.
@@ -146,6 +149,7 @@ pub struct Core {
     next_sequence: u64,
     sums: whole::PageSums,
     costs: Costs,
+    speed: Speed,
     /// Draws lease ids; the seam of randomness.
     draw_id: Box<dyn FnMut() -> u128 + Send>,
     output: Vec<Output>,
@@ -164,6 +168,7 @@ impl Core {
         Core {
             sums: whole::PageSums::new(constants.groups, pages),
             costs: Costs::new(constants.form.page_bytes.iter().sum()),
+            speed: Speed::new(batcher.config().token_budget, batcher.config().rows_max),
             constants: Arc::new(constants),
             role,
             epoch: Epoch(0),
@@ -338,6 +343,7 @@ impl Core {
         self.expire(now);
         self.begin_waiting_pulls(now);
         self.begin_waiting_grants(now);
+        self.set_pace();
         let plan = self.batcher.plan(&mut self.kv, now);
         self.absorb(now);
         plan

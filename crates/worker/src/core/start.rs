@@ -9,7 +9,7 @@ use tandem_types::{
 
 use super::borrow::Holder;
 use super::legs::{Finish, Leg, Stage, StageName};
-use super::{Core, SessionId};
+use super::{Core, SessionId, speed};
 
 /// Holders of a prompt's prefix that are looked at.
 const HOLDERS_MAX: usize = 16;
@@ -55,6 +55,10 @@ impl Core {
             return Err((Reason::Overloaded, message));
         }
         self.supersede(key, handle.as_ref(), now)?;
+        let target = speed::target(&start, spec.arrived, now);
+        if handle.is_none() {
+            self.count_prompt(spec.tokens.len() as u32);
+        }
 
         let id = spec.id;
         let deadline = now + std::time::Duration::from_millis(u64::from(start.remaining_ms));
@@ -77,6 +81,7 @@ impl Core {
                 request_name: start.request_name,
                 first_token_at: None,
                 holders: read_holders(&start.holders),
+                target,
             },
         );
         self.by_name.insert((session, start.leg), id);
@@ -264,7 +269,7 @@ impl Core {
         spec.tokens.push(bundle.sampled.token);
         self.enter(id, StageName::Decode);
         self.push_delta(session, name, position, &bundle.sampled);
-        self.batcher.add(spec, Origin::Computed { table, computed });
+        self.add_to_batch(id, spec, Origin::Computed { table, computed }, now);
     }
 }
 
