@@ -18,28 +18,45 @@ struct Part {
     program: &'static str,
 }
 
-const BENCHES: &[Bench] = &[Bench {
-    name: "transfer",
-    what: "every transport against a copy of memory and a raw socket, then how much of a hand-off's\n           \
-           transfer is waited for (--part transports|exposed, --quick, --rounds N, --json FILE)",
-    parts: &[
-        Part {
-            name: "transports",
-            build: &["--package=tandem-kv-transfer", "--bin=transfer-bench", "--features=bench"],
-            program: "transfer-bench",
-        },
-        Part {
-            name: "exposed",
+const BENCHES: &[Bench] = &[
+    Bench {
+        name: "transfer",
+        what: "every transport against a copy of memory and a raw socket, then how much of a hand-off's\n           \
+               transfer is waited for (--part transports|exposed, --quick, --rounds N, --json FILE)",
+        parts: &[
+            Part {
+                name: "transports",
+                build: &["--package=tandem-kv-transfer", "--bin=transfer-bench", "--features=bench"],
+                program: "transfer-bench",
+            },
+            Part {
+                name: "exposed",
+                build: &[
+                    "--package=tandem-integration-tests",
+                    "--bin=exposed-transfer",
+                    "--package=tandem",
+                    "--bin=tandem",
+                ],
+                program: "exposed-transfer",
+            },
+        ],
+    },
+    Bench {
+        name: "roles",
+        what: "goodput of a live cluster under a load that turns, with and without placement by cost and the\n           \
+               role planner (--slo TARGETS, --quick, --rounds N, --json FILE)",
+        parts: &[Part {
+            name: "goodput",
             build: &[
                 "--package=tandem-integration-tests",
-                "--bin=exposed-transfer",
+                "--bin=roles-goodput",
                 "--package=tandem",
                 "--bin=tandem",
             ],
-            program: "exposed-transfer",
-        },
-    ],
-}];
+            program: "roles-goodput",
+        }],
+    },
+];
 
 /// The benches with what they measure, one a line.
 pub fn benches() -> String {
