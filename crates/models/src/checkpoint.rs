@@ -430,7 +430,11 @@ mod tests {
                     prop_assert!(!cut, "a truncated {} was taken for whole", name);
                     prop_assert!(opened.weights().all(|(_, tensor)| !tensor.to_f32().is_empty()));
                 }
-                Err(error) => prop_assert!(error.to_string().contains(name), "{}", error),
+                // A configuration that asks for something else blames the weights, by its own name.
+                Err(error) => {
+                    let said = error.to_string();
+                    prop_assert!(said.contains(name) || said.contains("the config asks for"), "{}", said);
+                }
             }
         }
     }
