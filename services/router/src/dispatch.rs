@@ -22,7 +22,7 @@ use tandem_placement::planner::Observer;
 use tandem_placement::{Candidate, Policy};
 use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
-use tandem_types::{BlockHash, FinishReason, Sampled, ServiceClass, Time, Usage, WorkerId};
+use tandem_types::{BlockHash, FinishReason, Sampled, ServiceClass, Time, Usage, WorkerId, WorkerState};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Instrument;
 
@@ -111,7 +111,8 @@ impl Dispatcher {
         let overloaded = DispatchError::Overloaded { retry_after: Duration::from_secs(1) };
         let permit = self.queue.clone().try_acquire_owned().map_err(|_| overloaded)?;
         let candidates = self.workers.candidates().1;
-        if candidates.is_empty() {
+        // Suspects may be back in a moment; the course waits for them a little.
+        if candidates.is_empty() && self.workers.count(WorkerState::Suspect) == 0 {
             return Err(self.no_worker());
         }
         self.check_chance(&request, &candidates)?;
@@ -144,7 +145,7 @@ impl Dispatcher {
 
     /// With latency targets, what has no chance to meet them is better refused now than late.
     fn check_chance(&self, request: &GenerateRequest, candidates: &[Candidate]) -> Result<(), DispatchError> {
-        let Some(slo) = self.slo else { return Ok(()) };
+        let Some(slo) = self.slo.filter(|_| !candidates.is_empty()) else { return Ok(()) };
         let facts = tandem_placement::Request {
             prompt_tokens: request.prompt.len() as u32,
             max_tokens: request.stop.max_tokens,

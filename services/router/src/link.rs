@@ -21,6 +21,8 @@ use crate::prefixes::Prefixes;
 const BEAT: Duration = Duration::from_millis(200);
 /// So long without a beat, and the worker gets no new work.
 const SUSPECT_AFTER: Duration = Duration::from_millis(3 * 200);
+/// By so much at most that is put off where this process itself gets no time to run.
+const LATE_MAX: Duration = Duration::from_secs(2);
 /// So long without a beat, and the stream is given up.
 const SILENCE_MAX: Duration = Duration::from_secs(3);
 /// Leases are renewed this often, several times within their time to live.
@@ -79,6 +81,8 @@ struct LinkState {
     reported: u64,
     indexed: u64,
     heard: Time,
+    /// How late this process's own clock has rung of late: so much longer a worker may seem silent.
+    late: Duration,
     hung: bool,
     report: Report,
     /// Why the last connection ended, for operators.
@@ -152,7 +156,9 @@ impl Link {
         match &state.outbound {
             None => WorkerState::Dead,
             Some(_) if state.report.draining => WorkerState::Draining,
-            Some(_) if state.hung || now.since(state.heard) > SUSPECT_AFTER => WorkerState::Suspect,
+            Some(_) if state.hung || now.since(state.heard) > SUSPECT_AFTER + state.late => {
+                WorkerState::Suspect
+            }
             Some(_) => WorkerState::Ready,
         }
     }
@@ -318,6 +324,7 @@ impl Link {
     async fn read(&self, mut inbound: impl Frames, mut watch: tonic::Streaming<v1::WatchEvent>) -> String {
         let mut beats = seam::interval(BEAT);
         let mut renewed = seam::now();
+        let mut rang = seam::now();
         let mut was = WorkerState::Ready;
         let mut numbers = Sequence::default();
         numbers.number(); // the welcome
@@ -348,6 +355,10 @@ impl Link {
                 () = beats.tick() => {
                     let now = seam::now();
                     let mut state = self.lock();
+                    // Forgotten within a few seconds.
+                    let late = now.since(rang).saturating_sub(BEAT);
+                    state.late = late.max(state.late * 7 / 8).min(LATE_MAX);
+                    rang = now;
                     if now.since(state.heard) > SILENCE_MAX {
                         return "no beat for too long".into();
                     }
@@ -373,7 +384,7 @@ impl Link {
 
     fn take(&self, message: v1::FromWorker) {
         let mut state = self.lock();
-        let silent = seam::now().since(state.heard) > SUSPECT_AFTER;
+        let silent = seam::now().since(state.heard) > SUSPECT_AFTER + state.late;
         state.heard = seam::now();
         match message.message {
             Some(from_worker::Message::Frame(frame)) => {

@@ -90,8 +90,15 @@ impl Course {
             let cached = own.min(request.prompt_tokens.saturating_sub(1));
             self.predicted_first = prefill.sane_model().map(|model| {
                 let waited = seam::now().since(self.request.arrived).as_secs_f64();
-                let compute = model.prefill(request.prompt_tokens - cached, cached, prefill.prompt_budget);
-                waited + prefill.timely_seconds + compute
+                let compute = model.prefill_alone(request.prompt_tokens - cached, cached);
+                // On average half of the step that is under way is still to come.
+                let decodes = f64::from(prefill.decodes);
+                let step = if prefill.running > 0 {
+                    model.step(decodes, 0.0, prefill.decode_tokens as f64)
+                } else {
+                    0.0
+                };
+                waited + prefill.timely_seconds + step / 2.0 + compute
             });
         }
         Some((route, links))
