@@ -316,8 +316,10 @@ impl Index {
             }
             self.places[at] = Place { hash, holders: [new, NOBODY] };
             self.used += 1;
-            // The hand goes as fast as blocks come, so that lives tell their age before one has to go.
-            (0..=LIVES).for_each(|_| self.pass());
+            // Before eviction moves the hand, blocks that come do, so that lives tell their age when one must go.
+            if self.used * 32 < self.places.len() * 23 {
+                (0..=LIVES).for_each(|_| self.pass());
+            }
         } else {
             match self.position(at, number) {
                 Ok(known) => {

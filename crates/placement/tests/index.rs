@@ -235,7 +235,7 @@ fn a_worker_that_starts_over_and_over_leaves_nothing_behind() {
 #[test]
 fn a_delta_out_of_turn_is_refused_with_its_reason() {
     let (mut index, worker, stored) = (Index::new(0), name(0), Change::Stored(Tier::Device, hashes(0..1)));
-    let mut apply =
+    let apply =
         |index: &mut Index, start, sequence| index.apply(&worker, Incarnation(start), sequence, &stored);
     assert_eq!(apply(&mut index, 1, 1), Err(Refused::SnapshotNeeded), "it is not known");
     index.snapshot(&worker, Incarnation(1), u64::MAX, []).expect("there is room");
