@@ -1,14 +1,15 @@
 //! Who holds which blocks: the exact longest prefix of a prompt at every worker, by tier.
 //!
 //! One table from block hash to holders, fed by each worker's snapshot and deltas. It is bound to incarnations
-//! (what a dead start of a worker held is never found), and bounded in bytes: at the bound the entries that
-//! were not stored again for longest go first, which loses a hit and never invents one.
+//! (what a dead start of a worker held is never found), and bounded in bytes: at the bound blocks that were not
+//! stored again for long go first, and a block's third and further holders are recorded only while there is
+//! room. Both lose a hit and never invent one.
 
 use std::collections::BTreeMap;
 
 use tandem_types::{BlockHash, Incarnation, WorkerId};
 
-use crate::Tier;
+use crate::{Held, Tier};
 
 /// What changed at a worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -50,42 +51,71 @@ pub struct Found {
     pub tier: Tier,
 }
 
-/// A holder: worker number in the upper 24 bits, one bit per tier in the lower 8.
+/// A holder: worker number in the upper 24 bits, counted from one, and one bit per tier in the lower 8.
 type Holder = u32;
 const NOBODY: Holder = 0;
 /// In the second place of an entry: the first is the number of a longer list.
 const LISTED: Holder = u32::MAX;
-const WORKERS_MAX: u32 = (1 << 24) - 2;
-/// Bytes of a place in the table: a hash and two holders.
-const PLACE_BYTES: usize = 16 + 8;
-/// Bytes of a longer list beside its holders, by estimate.
-const LIST_BYTES: usize = 40;
+const WORKERS_MAX: usize = (1 << 24) - 2;
+/// Places of an empty table.
+const PLACES_LEAST: usize = 1024;
+/// Bytes of a place in the table, with its age.
+const PLACE_BYTES: usize = size_of::<Place>() + 1;
+/// Bytes of a list beside its holders: where it is, that it is free again, and what an allocator takes.
+const LIST_BYTES: usize = 24 + 4 + 16;
+/// Bytes of a worker: its number, its name twice and its place in the map, by estimate.
+const WORKER_BYTES: usize = 256;
+/// How often the hand of eviction passes a block after it was last stored before it takes it.
+const LIVES: u8 = 7;
 
 #[derive(Clone, Debug)]
 struct Member {
     incarnation: Incarnation,
-    number: u32,
+    number: usize,
     sequence: u64,
+}
+
+/// A start of a worker that the table may speak of.
+#[derive(Clone, Debug)]
+struct Start {
+    /// `None` when it is over.
+    name: Option<(WorkerId, Incarnation)>,
+    /// Its pairs in the table.
+    pairs: usize,
+}
+
+/// A block and its holders, in the order of their numbers; both are `NOBODY` where the place is empty.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// Two halves: a `u128` would ask for a third more room.
+    hash: [u64; 2],
+    holders: [Holder; 2],
+}
+
+const EMPTY: Place = Place { hash: [0; 2], holders: [NOBODY; 2] };
+
+impl Place {
+    fn is_empty(&self) -> bool {
+        self.holders[0] == NOBODY
+    }
 }
 
 /// The index.
 #[derive(Debug)]
 pub struct Index {
     bytes_max: usize,
-    hashes: Vec<u128>,
-    /// Holders of the hash at the same place; both `NOBODY` where the place is empty.
-    holders: Vec<[Holder; 2]>,
+    /// Open addressing: a block stands at its home or after it, with no empty place between.
+    places: Vec<Place>,
+    /// Of each place, how often the hand of eviction has still to pass.
+    lives: Vec<u8>,
     used: usize,
-    lists: Vec<Vec<Holder>>,
-    free_lists: Vec<u32>,
-    listed: usize,
-    /// How many (block, holder) pairs there are.
-    entries: usize,
+    lists: Lists,
+    /// Pairs in the table, and those of them whose start is over.
+    pairs: usize,
+    dead: usize,
     members: BTreeMap<WorkerId, Member>,
-    /// By number; `None` where that start of a worker is over.
-    names: Vec<Option<(WorkerId, Incarnation)>>,
-    /// Numbers whose entries may still stand in the table.
-    retired: usize,
+    starts: Vec<Start>,
+    free_numbers: Vec<usize>,
     /// Where eviction goes on.
     hand: usize,
     evicted: u64,
@@ -95,26 +125,29 @@ fn bit(tier: Tier) -> u32 {
     1 << tier as u32
 }
 
-fn of(number: u32) -> Holder {
-    (number + 1) << 8
+/// The number that a holder carries.
+fn number_of(holder: Holder) -> usize {
+    (holder >> 8) as usize - 1
+}
+
+fn halves(hash: BlockHash) -> [u64; 2] {
+    [hash.0 as u64, (hash.0 >> 64) as u64]
 }
 
 impl Index {
-    /// An empty index of at most so many bytes.
+    /// An empty index of at most so many bytes, or of the least that it can work with.
     pub fn new(bytes_max: usize) -> Index {
-        let places = 1024;
         Index {
-            bytes_max: bytes_max.max(2 * places * PLACE_BYTES),
-            hashes: vec![0; places],
-            holders: vec![[NOBODY; 2]; places],
+            bytes_max: bytes_max.max(4 * PLACES_LEAST * PLACE_BYTES),
+            places: vec![EMPTY; PLACES_LEAST],
+            lives: vec![0; PLACES_LEAST],
             used: 0,
-            lists: Vec::new(),
-            free_lists: Vec::new(),
-            listed: 0,
-            entries: 0,
+            lists: Lists::default(),
+            pairs: 0,
+            dead: 0,
             members: BTreeMap::new(),
-            names: Vec::new(),
-            retired: 0,
+            starts: Vec::new(),
+            free_numbers: Vec::new(),
             hand: 0,
             evicted: 0,
         }
@@ -122,20 +155,26 @@ impl Index {
 
     /// (block, holder) pairs.
     pub fn len(&self) -> usize {
-        self.entries
+        self.pairs - self.dead
     }
 
     /// Whether nobody holds anything.
     pub fn is_empty(&self) -> bool {
-        self.entries == 0
+        self.len() == 0
     }
 
     /// Bytes in use, by what is allocated.
     pub fn bytes(&self) -> usize {
-        self.hashes.len() * PLACE_BYTES + self.lists.len() * LIST_BYTES + self.listed * 4
+        let workers = self.starts.len() * WORKER_BYTES;
+        self.places.len() * PLACE_BYTES + self.lists.bytes() + workers
     }
 
-    /// Blocks that were forgotten to keep to the bound.
+    /// What `bytes` never exceeds, the names of workers apart.
+    pub fn bytes_max(&self) -> usize {
+        self.bytes_max
+    }
+
+    /// Blocks that were forgotten, and holders that were not recorded, to keep to the bound.
     pub fn evicted(&self) -> u64 {
         self.evicted
     }
@@ -149,20 +188,21 @@ impl Index {
         blocks: impl IntoIterator<Item = (Tier, BlockHash)>,
     ) -> Result<(), Refused> {
         self.forget(worker);
-        if self.names.len() as u32 >= WORKERS_MAX {
+        if self.free_numbers.is_empty() && self.starts.len() >= WORKERS_MAX {
             self.sweep();
         }
-        let vacant = self.names.iter().position(|name| name.is_none() && self.retired == 0);
-        let number = vacant.unwrap_or(self.names.len()) as u32;
-        if number >= WORKERS_MAX {
-            return Err(Refused::TooManyWorkers);
-        }
-        let name = Some((worker.clone(), incarnation));
-        if vacant.is_some() {
-            self.names[number as usize] = name
-        } else {
-            self.names.push(name)
-        }
+        let start = Start { name: Some((worker.clone(), incarnation)), pairs: 0 };
+        let number = match self.free_numbers.pop() {
+            Some(number) => {
+                self.starts[number] = start;
+                number
+            }
+            None if self.starts.len() < WORKERS_MAX => {
+                self.starts.push(start);
+                self.starts.len() - 1
+            }
+            None => return Err(Refused::TooManyWorkers),
+        };
         self.members.insert(worker.clone(), Member { incarnation, number, sequence });
         for (tier, hash) in blocks {
             self.store(number, tier, hash);
@@ -200,257 +240,411 @@ impl Index {
 
     /// A worker is gone, or this start of it is over.
     pub fn forget(&mut self, worker: &WorkerId) {
-        if let Some(member) = self.members.remove(worker) {
-            self.names[member.number as usize] = None;
-            self.retired += 1;
-            // Its entries name a start that is over, and are never found. A sweep now and then frees them.
-            if self.retired > 64.max(self.names.len() / 4) {
-                self.sweep();
-            }
+        let Some(member) = self.members.remove(worker) else { return };
+        let start = &mut self.starts[member.number];
+        start.name = None;
+        if start.pairs == 0 {
+            self.free_numbers.push(member.number);
+            return;
+        }
+        // Its pairs name a start that is over, and are never found. When there are many, a sweep frees them.
+        self.dead += start.pairs;
+        if self.dead > self.places.len() / 8 {
+            self.sweep();
         }
     }
 
-    /// Takes out the entries of starts that are over.
+    /// Takes out the pairs of starts that are over.
     fn sweep(&mut self) {
-        let mut place = 0;
-        while place < self.hashes.len() {
-            let before = self.count(place);
-            let kept: Vec<Holder> = self
-                .list(place)
-                .iter()
-                .copied()
-                .filter(|holder| self.names[(holder >> 8) as usize - 1].is_some())
-                .collect();
-            if before == kept.len() {
-                place += 1;
+        let mut at = 0;
+        while at < self.places.len() {
+            let over = |holder: &Holder| self.starts[number_of(*holder)].name.is_none();
+            let Some(&holder) = self.holders(at).iter().find(|holder| over(holder)) else {
+                at += 1;
                 continue;
-            }
-            self.entries -= before - kept.len();
-            self.write(place, &kept);
-            if kept.is_empty() {
-                self.vacate(place); // another entry may have moved here: look again
-            } else {
-                place += 1;
-            }
+            };
+            self.take(at, number_of(holder)); // another block may have moved here: look again
         }
-        self.retired = 0;
     }
 
     fn mask(&self) -> usize {
-        self.hashes.len() - 1
+        self.places.len() - 1
+    }
+
+    /// Where a hash would be in a table of its own.
+    fn home(&self, hash: [u64; 2]) -> usize {
+        // Hashes are spread already; but a worker that lies may name others.
+        let mixed = u128::from(hash[0] ^ hash[1].rotate_left(32)) * 0x9e37_79b9_7f4a_7c15;
+        (mixed ^ (mixed >> 64)) as usize & self.mask()
     }
 
     /// Where a hash is, or the empty place where it would be.
-    fn place(&self, hash: u128) -> usize {
-        let mask = self.mask();
-        // Hashes are spread already; but a worker that lies may name others.
-        let mixed = ((hash ^ (hash >> 64)) as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        let mut place = (mixed >> 20) as usize & mask;
-        while self.holders[place][0] != NOBODY && self.hashes[place] != hash {
-            place = (place + 1) & mask;
+    fn find(&self, hash: [u64; 2]) -> usize {
+        let mut at = self.home(hash);
+        loop {
+            let place = &self.places[at];
+            if place.is_empty() || place.hash == hash {
+                return at;
+            }
+            at = (at + 1) & self.mask();
         }
-        place
     }
 
-    fn list(&self, place: usize) -> &[Holder] {
-        let pair = &self.holders[place];
+    /// The holders at a place, in the order of their numbers.
+    fn holders(&self, at: usize) -> &[Holder] {
+        let pair = &self.places[at].holders;
         match pair {
             [NOBODY, _] => &[],
             [_, NOBODY] => &pair[..1],
-            [list, LISTED] => &self.lists[*list as usize - 1],
+            [list, LISTED] => self.lists.get(*list),
             _ => pair,
         }
     }
 
-    fn count(&self, place: usize) -> usize {
-        self.list(place).len()
+    /// Where a worker's holder is among those at a place, or where it would be.
+    fn position(&self, at: usize, number: usize) -> Result<usize, usize> {
+        self.holders(at).binary_search_by_key(&number, |holder| number_of(*holder))
     }
 
-    fn write(&mut self, place: usize, holders: &[Holder]) {
-        if let [list, LISTED] = self.holders[place] {
-            let list_at = list as usize - 1;
-            self.listed -= self.lists[list_at].len();
-            if holders.len() > 2 {
-                self.lists[list_at].clear();
-                self.lists[list_at].extend_from_slice(holders);
-                self.listed += holders.len();
-                return;
+    fn store(&mut self, number: usize, tier: Tier, hash: BlockHash) {
+        let hash = halves(hash);
+        let new = ((number as u32 + 1) << 8) | bit(tier);
+        let mut at = self.find(hash);
+        if self.places[at].is_empty() {
+            if self.make_room() {
+                at = self.find(hash);
             }
-            self.lists[list_at] = Vec::new();
-            self.free_lists.push(list);
-        }
-        self.holders[place] = match *holders {
-            [] => [NOBODY, NOBODY],
-            [one] => [one, NOBODY],
-            [one, two] => [one, two],
-            _ => {
-                let list = self.free_lists.pop().unwrap_or_else(|| {
-                    self.lists.push(Vec::new());
-                    self.lists.len() as u32
-                });
-                self.lists[list as usize - 1] = holders.to_vec();
-                self.listed += holders.len();
-                [list, LISTED]
-            }
-        };
-    }
-
-    fn store(&mut self, number: u32, tier: Tier, hash: BlockHash) {
-        let mut place = self.place(hash.0);
-        if self.holders[place][0] == NOBODY {
-            self.make_room();
-            place = self.place(hash.0);
-            self.hashes[place] = hash.0;
-            self.holders[place] = [of(number) | bit(tier), NOBODY];
+            self.places[at] = Place { hash, holders: [new, NOBODY] };
             self.used += 1;
-            self.entries += 1;
-            return;
-        }
-        if let Some(known) = self.known(place, number) {
-            *known |= bit(tier);
-            return;
-        }
-        self.entries += 1;
-        let new = of(number) | bit(tier);
-        match &mut self.holders[place] {
-            [list, LISTED] => {
-                self.lists[*list as usize - 1].push(new);
-                self.listed += 1;
+            // Before eviction moves the hand, blocks that come do, so that lives tell their age when one must go.
+            if self.used * 32 < self.places.len() * 23 {
+                (0..=LIVES).for_each(|_| self.pass());
             }
-            [_, second @ NOBODY] => *second = new,
-            pair => {
-                let three = [pair[0], pair[1], new];
-                self.write(place, &three);
-            }
-        }
-    }
-
-    /// The holder of this number in an entry.
-    fn known(&mut self, place: usize, number: u32) -> Option<&mut Holder> {
-        let holders: &mut [Holder] = match &mut self.holders[place] {
-            [list, LISTED] => &mut self.lists[*list as usize - 1],
-            pair => pair,
-        };
-        holders.iter_mut().find(|holder| **holder >> 8 == number + 1)
-    }
-
-    fn remove(&mut self, number: u32, tier: Tier, hash: BlockHash) {
-        let place = self.place(hash.0);
-        if self.holders[place][0] == NOBODY {
-            return; // a worker may speak of what was evicted here, or lie
-        }
-        let Some(known) = self.known(place, number) else { return };
-        *known &= !bit(tier);
-        if *known & 0xff != 0 {
-            return;
-        }
-        self.entries -= 1;
-        let kept: Vec<Holder> = self.list(place).iter().copied().filter(|h| h >> 8 != number + 1).collect();
-        self.write(place, &kept);
-        if kept.is_empty() {
-            self.vacate(place);
-        }
-    }
-
-    /// Closes the gap that an emptied place leaves in its run.
-    fn vacate(&mut self, gap: usize) {
-        self.used -= 1;
-        self.holders[gap] = [NOBODY; 2];
-        let mask = self.mask();
-        let mut place = (gap + 1) & mask;
-        while self.holders[place][0] != NOBODY {
-            let moved = self.holders[place];
-            let hash = self.hashes[place];
-            self.holders[place] = [NOBODY; 2];
-            let wanted = self.place(hash);
-            self.hashes[wanted] = hash;
-            self.holders[wanted] = moved;
-            place = (place + 1) & mask;
-        }
-    }
-
-    /// Room for one more hash: a larger table within the bound, or fewer entries.
-    fn make_room(&mut self) {
-        if self.used * 8 < self.hashes.len() * 7 {
-            return;
-        }
-        if self.bytes() + self.hashes.len() * PLACE_BYTES <= self.bytes_max {
-            let places = self.hashes.len() * 2;
-            let hashes = std::mem::replace(&mut self.hashes, vec![0; places]);
-            let holders = std::mem::replace(&mut self.holders, vec![[NOBODY; 2]; places]);
-            for (hash, pair) in hashes.into_iter().zip(holders) {
-                if pair[0] != NOBODY {
-                    let place = self.place(hash);
-                    self.hashes[place] = hash;
-                    self.holders[place] = pair;
+        } else {
+            match self.position(at, number) {
+                Ok(known) => {
+                    match &mut self.places[at].holders {
+                        [list, LISTED] => self.lists.get_mut(*list)[known] |= bit(tier),
+                        pair => pair[known] |= bit(tier),
+                    }
+                    self.lives[at] = LIVES;
+                    return;
+                }
+                Err(place) if self.insert(at, place, new) => (),
+                Err(_) => {
+                    self.evicted += 1;
+                    return;
                 }
             }
-            self.hand = 0;
-            return;
         }
-        // An eighth of a percent at once, in the order of the table, which is random in age and in worker.
-        for _ in 0..(self.hashes.len() / 1024).max(1) {
-            while self.holders[self.hand][0] == NOBODY {
-                self.hand = (self.hand + 1) & self.mask();
+        self.lives[at] = LIVES;
+        self.pairs += 1;
+        self.starts[number].pairs += 1;
+    }
+
+    /// Puts a holder into those of a block. False if there is no room for it.
+    fn insert(&mut self, at: usize, place: usize, new: Holder) -> bool {
+        let room = self.bytes_max.saturating_sub(self.bytes());
+        match self.places[at].holders {
+            [list, LISTED] => return self.lists.insert(list, place, new, room),
+            [one, NOBODY] => {
+                self.places[at].holders = if place == 0 { [new, one] } else { [one, new] };
             }
-            let place = self.hand;
-            self.entries -= self.count(place);
-            self.write(place, &[]);
-            self.vacate(place);
-            self.evicted += 1;
+            [one, two] => {
+                let mut three = [one, two, new];
+                three[place..].rotate_right(1);
+                let Some(list) = self.lists.add(&three, room) else { return false };
+                self.places[at].holders = [list, LISTED];
+            }
         }
+        true
+    }
+
+    fn remove(&mut self, number: usize, tier: Tier, hash: BlockHash) {
+        // A worker may speak of what was evicted here, or lie.
+        let at = self.find(halves(hash));
+        let Ok(known) = self.position(at, number) else { return };
+        let holder = match &mut self.places[at].holders {
+            [list, LISTED] => &mut self.lists.get_mut(*list)[known],
+            pair => &mut pair[known],
+        };
+        if *holder & 0xff != bit(tier) {
+            *holder &= !bit(tier);
+        } else {
+            self.take(at, number);
+        }
+    }
+
+    /// Takes a holder out of those of a block, and the block with the last of them.
+    fn take(&mut self, at: usize, number: usize) {
+        let Ok(known) = self.position(at, number) else { return };
+        self.uncount(number);
+        match self.places[at].holders {
+            [list, LISTED] => {
+                let left = self.lists.get_mut(list);
+                left.remove(known);
+                if let [one, two] = **left {
+                    self.places[at].holders = [one, two];
+                    self.lists.give_back(list);
+                }
+            }
+            [_, NOBODY] => self.vacate(at),
+            pair => self.places[at].holders = [pair[1 - known], NOBODY],
+        }
+    }
+
+    /// One pair fewer.
+    fn uncount(&mut self, number: usize) {
+        self.pairs -= 1;
+        let start = &mut self.starts[number];
+        start.pairs -= 1;
+        if start.name.is_none() {
+            self.dead -= 1;
+            if start.pairs == 0 {
+                self.free_numbers.push(number);
+            }
+        }
+    }
+
+    /// Empties a place and closes the gap in its run.
+    fn vacate(&mut self, at: usize) {
+        self.used -= 1;
+        let (mask, mut gap, mut next) = (self.mask(), at, at);
+        loop {
+            next = (next + 1) & mask;
+            let place = self.places[next];
+            if place.is_empty() {
+                break;
+            }
+            // Whoever has a home at the gap or before it would not be found behind it.
+            let from_home = next.wrapping_sub(self.home(place.hash)) & mask;
+            if from_home >= next.wrapping_sub(gap) & mask {
+                self.places[gap] = place;
+                self.lives[gap] = self.lives[next];
+                gap = next;
+            }
+        }
+        self.places[gap] = EMPTY;
+    }
+
+    /// Room for one more hash: a larger table within the bound, or fewer blocks. True if something moved.
+    fn make_room(&mut self) -> bool {
+        if self.used * 4 < self.places.len() * 3 {
+            return false;
+        }
+        // While blocks move, both tables stand.
+        if self.bytes() + 2 * self.places.len() * PLACE_BYTES <= self.bytes_max {
+            let places = self.places.len() * 2;
+            let old = std::mem::replace(&mut self.places, vec![EMPTY; places]);
+            let lives = std::mem::replace(&mut self.lives, vec![0; places]);
+            for (place, lives) in old.into_iter().zip(lives).filter(|(place, _)| !place.is_empty()) {
+                let at = self.find(place.hash);
+                self.places[at] = place;
+                self.lives[at] = lives;
+            }
+            self.hand = 0;
+            return true;
+        }
+        // A thousandth at once. The order of the table is random, and lives make it one by age, by and large.
+        let mut left = (self.places.len() / 1024).max(1);
+        while left > 0 {
+            let at = self.hand;
+            if !self.places[at].is_empty() && self.lives[at] == 0 {
+                self.evict(at); // another block may have moved here: look again
+                left -= 1;
+                continue;
+            }
+            self.pass();
+        }
+        true
+    }
+
+    /// The hand goes on by a place.
+    fn pass(&mut self) {
+        self.lives[self.hand] = self.lives[self.hand].saturating_sub(1);
+        self.hand = (self.hand + 1) & self.mask();
+    }
+
+    fn evict(&mut self, at: usize) {
+        for place in 0..self.holders(at).len() {
+            self.uncount(number_of(self.holders(at)[place]));
+        }
+        if let [list, LISTED] = self.places[at].holders {
+            self.lists.give_back(list);
+        }
+        self.vacate(at);
+        self.evicted += 1;
     }
 
     /// What everybody holds of a prompt from its start, the longest first. Exact: a block counts only if all
     /// before it are held too.
     pub fn longest(&self, hashes: &[BlockHash]) -> Vec<Found> {
-        // (number, device blocks, blocks, tiers seen)
-        let mut open: Vec<(u32, u32, u32, u32)> = Vec::new();
-        let mut done: Vec<(u32, u32, u32, u32)> = Vec::new();
-        for (at, hash) in hashes.iter().enumerate() {
-            let at = at as u32;
-            let holders = self.list(self.place(hash.0));
+        let mut found: Vec<(usize, Found)> = Vec::new();
+        for lead in self.leads(hashes) {
+            let number = number_of(lead.holder);
+            if let Some((worker, incarnation)) = self.starts[number].name.clone() {
+                let (device_blocks, blocks, tier) = (lead.device_blocks, lead.blocks, lead.tier());
+                found.push((number, Found { worker, incarnation, device_blocks, blocks, tier }));
+            }
+        }
+        found.sort_by_key(|(number, found)| (std::cmp::Reverse(found.blocks), *number));
+        found.into_iter().map(|(_, found)| found).collect()
+    }
+
+    /// The same for a policy, in no particular order: prefixes in tokens of blocks of `block_tokens`, held by the
+    /// candidates that `candidate` knows this start of a worker as. Clones no names, for there may be thousands.
+    pub fn held(
+        &self,
+        hashes: &[BlockHash],
+        block_tokens: u32,
+        candidate: impl Fn(&WorkerId, Incarnation) -> Option<usize>,
+    ) -> Vec<Held> {
+        let held = self.leads(hashes).into_iter().filter_map(|lead| {
+            let (worker, incarnation) = self.starts[number_of(lead.holder)].name.as_ref()?;
+            Some(Held {
+                candidate: candidate(worker, *incarnation)?,
+                device_tokens: lead.device_blocks.saturating_mul(block_tokens),
+                tokens: lead.blocks.saturating_mul(block_tokens),
+                tier: lead.tier(),
+            })
+        });
+        held.collect()
+    }
+
+    /// Walks a prompt's blocks beside those who hold them all.
+    fn leads(&self, hashes: &[BlockHash]) -> Vec<Lead> {
+        let (mut open, mut done): (Vec<Lead>, Vec<Lead>) = (Vec::new(), Vec::new());
+        let mut before: &[Holder] = &[];
+        for (at, &hash) in (0u32..).zip(hashes) {
+            let holders = self.holders(self.find(halves(hash)));
             if at == 0 {
-                open.extend(holders.iter().map(|h| (h >> 8, h & 1, 1, lowest(*h))));
-            } else if let ([one], [(number, device, blocks, tiers)]) = (holders, open.as_mut_slice())
-                && one >> 8 == *number
-            {
-                // By far the most frequent case: one holder, the same as of the block before.
-                *device += u32::from(*device == at && one & 1 == 1);
-                *blocks += 1;
-                *tiers |= lowest(*one);
-            } else {
-                open.retain_mut(|entry| {
-                    let Some(holder) = holders.iter().find(|h| *h >> 8 == entry.0) else {
-                        done.push(*entry);
-                        return false;
-                    };
-                    entry.1 += u32::from(entry.1 == at && holder & 1 == 1);
-                    entry.2 += 1;
-                    entry.3 |= lowest(*holder);
-                    true
+                let lead = |&holder| Lead { holder, tiers: 0, device_blocks: u32::MAX, blocks: u32::MAX };
+                open.extend(holders.iter().map(lead));
+            }
+            // Mostly the holders are those of the block before, in the same tiers: then nothing changes.
+            if at == 0 || holders != before {
+                let mut rest = holders;
+                open.retain_mut(|lead| {
+                    while rest.first().is_some_and(|holder| holder >> 8 < lead.holder >> 8) {
+                        rest = &rest[1..];
+                    }
+                    let holder = rest.first().filter(|holder| **holder >> 8 == lead.holder >> 8);
+                    match holder {
+                        Some(holder) => lead.goes_on(at, *holder),
+                        None => {
+                            done.push(Lead { blocks: at, device_blocks: lead.device_blocks.min(at), ..*lead })
+                        }
+                    }
+                    holder.is_some()
                 });
             }
             if open.is_empty() {
                 break;
             }
+            before = holders;
         }
-        done.append(&mut open);
-        done.sort_by_key(|&(number, _, blocks, _)| (std::cmp::Reverse(blocks), number));
-        let found = done.into_iter().filter_map(|(number, device_blocks, blocks, tiers)| {
-            let (worker, incarnation) = self.names[number as usize - 1].clone()?;
-            let tier = [Tier::Store, Tier::Disk, Tier::Host]
-                .into_iter()
-                .find(|tier| tiers & bit(*tier) != 0 && device_blocks < blocks)
-                .unwrap_or(Tier::Device);
-            Some(Found { worker, incarnation, device_blocks, blocks, tier })
-        });
-        found.collect()
+        let all = hashes.len() as u32;
+        done.extend(open.into_iter().map(|lead| Lead {
+            blocks: all,
+            device_blocks: lead.device_blocks.min(all),
+            ..lead
+        }));
+        done
     }
 }
 
-/// The nearest tier that a holder has a block in, as a bit.
-fn lowest(holder: Holder) -> u32 {
-    let tiers = holder & 0xff;
-    tiers & tiers.wrapping_neg()
+/// How far somebody has come along a prompt.
+#[derive(Clone, Copy)]
+struct Lead {
+    /// Who.
+    holder: Holder,
+    /// The nearest tiers of its blocks.
+    tiers: u32,
+    /// Leading blocks on its device, and in any tier; the largest number while they go on.
+    device_blocks: u32,
+    blocks: u32,
+}
+
+impl Lead {
+    fn goes_on(&mut self, at: u32, holder: Holder) {
+        if holder & bit(Tier::Device) == 0 {
+            self.device_blocks = self.device_blocks.min(at);
+        }
+        let tiers = holder & 0xff;
+        self.tiers |= tiers & tiers.wrapping_neg();
+    }
+
+    fn tier(&self) -> Tier {
+        let tiers = [Tier::Store, Tier::Disk, Tier::Host].into_iter();
+        let mut beyond =
+            tiers.filter(|tier| self.tiers & bit(*tier) != 0 && self.device_blocks < self.blocks);
+        beyond.next().unwrap_or(Tier::Device)
+    }
+}
+
+/// The holders of blocks that more than two hold, by numbers from one.
+#[derive(Debug, Default)]
+struct Lists {
+    lists: Vec<Vec<Holder>>,
+    free: Vec<u32>,
+    /// Holders that there is room for, in all lists.
+    room: usize,
+}
+
+impl Lists {
+    fn bytes(&self) -> usize {
+        self.lists.capacity() * LIST_BYTES + self.room * size_of::<Holder>()
+    }
+
+    fn get(&self, list: u32) -> &[Holder] {
+        &self.lists[list as usize - 1]
+    }
+
+    /// To be changed, and not to grow.
+    fn get_mut(&mut self, list: u32) -> &mut Vec<Holder> {
+        &mut self.lists[list as usize - 1]
+    }
+
+    /// A new list, if it takes no more bytes than `bytes_max`.
+    fn add(&mut self, holders: &[Holder], bytes_max: usize) -> Option<u32> {
+        let grows = if self.free.is_empty() && self.lists.len() == self.lists.capacity() {
+            (self.lists.capacity() / 4).max(64)
+        } else {
+            0
+        };
+        if grows * LIST_BYTES + size_of_val(holders) > bytes_max {
+            return None;
+        }
+        self.lists.reserve_exact(grows);
+        let list = self.free.pop().unwrap_or_else(|| {
+            self.lists.push(Vec::new());
+            self.lists.len() as u32
+        });
+        let new = holders.to_vec();
+        self.room += new.capacity();
+        self.lists[list as usize - 1] = new;
+        Some(list)
+    }
+
+    /// One more in a list, if it takes no more bytes than `bytes_max`.
+    fn insert(&mut self, list: u32, place: usize, new: Holder, bytes_max: usize) -> bool {
+        let holders = &mut self.lists[list as usize - 1];
+        if holders.len() == holders.capacity() {
+            let more = (holders.len() / 2).max(2);
+            if more * size_of::<Holder>() > bytes_max {
+                return false;
+            }
+            let before = holders.capacity();
+            holders.reserve_exact(more);
+            self.room += holders.capacity() - before;
+        }
+        holders.insert(place, new);
+        true
+    }
+
+    fn give_back(&mut self, list: u32) {
+        let old = std::mem::take(&mut self.lists[list as usize - 1]);
+        self.room -= old.capacity();
+        self.free.push(list);
+    }
 }
