@@ -94,8 +94,27 @@ impl Scenario {
         })
     }
 
-    /// Lengths follow a column of requests per second, from `offset` seconds on, for so many seconds.
-    pub fn follow(&mut self, path: &Path, column: &str, offset: f64, seconds: f64) -> Result<(), Error> {
+    /// The trace begins so many seconds in, and what was before follows at its end.
+    pub fn rotate(&mut self, seconds: f64) {
+        if seconds > 0.0 {
+            self.trace.rotate(seconds);
+        }
+    }
+
+    /// Arrival times are forgotten: lengths remain, and arrive as `arrivals` says.
+    pub fn forget_times(&mut self) {
+        self.trace.timed = false;
+    }
+
+    /// Arrivals are drawn for so long.
+    pub fn draw_for(&mut self, seconds: f64) {
+        self.seconds = seconds;
+        self.forget_times();
+    }
+
+    /// Lengths follow a column of requests per second, from `offset` seconds on, for so many seconds. Returns
+    /// the mean of it.
+    pub fn follow(&mut self, path: &Path, column: &str, offset: f64, seconds: f64) -> Result<f64, Error> {
         let name = path.display().to_string();
         let error = |source| Error::Read { path: name.clone(), source };
         let mut text = String::new();
@@ -104,7 +123,9 @@ impl Scenario {
         let form = |line, what: String| Error::Form { path: name.clone(), line, what };
         let mut lines = text.lines();
         let header: Vec<&str> = lines.next().unwrap_or_default().split(',').collect();
-        let at = |wanted: &str| header.iter().position(|name| *name == wanted);
+        let at = |wanted: &str| {
+            header.iter().position(|name| *name == wanted || name.strip_suffix("_rps") == Some(wanted))
+        };
         let time = at("t_s").ok_or_else(|| form(1, "there is no column t_s".into()))?;
         let rate = at(column).ok_or_else(|| form(1, format!("there is no column {column}")))?;
         let mut rates = Vec::new();
@@ -121,8 +142,9 @@ impl Scenario {
         if rates.is_empty() {
             return Err(form(1, format!("there is no rate from {offset} s on")));
         }
+        let mean = rates.iter().sum::<f64>() / rates.len() as f64;
         self.rates = Some((rates, 600.0));
-        Ok(())
+        Ok(mean)
     }
 
     /// Work without targets beside it: so many requests of these lengths, all there from the beginning.

@@ -138,9 +138,30 @@ impl Trace {
         Trace { rows, blocks: self.blocks.clone(), timed: self.timed }
     }
 
-    /// `scale` rotated copies over one another, the last one thinned; the clock stays as it is.
+    /// Begins so many seconds in; what was before follows at the end.
+    pub fn rotate(&mut self, seconds: f64) {
+        let span = self.rows.iter().map(|row| row.arrival_ms).fold(0.0, f64::max) + 1.0;
+        for row in &mut self.rows {
+            row.arrival_ms = (row.arrival_ms + span - seconds * 1e3 % span) % span;
+        }
+        self.rows.sort_by(|a, b| a.arrival_ms.total_cmp(&b.arrival_ms));
+    }
+
+    /// `scale` rotated copies over one another, the last one thinned; the clock stays as it is. Copies share no
+    /// prefixes with each other: more load is more conversations, not the same ones again.
     pub fn superposed(&self, scale: f64, seed: u64) -> Workload {
-        self.workload(superpose(&self.rows, scale, seed))
+        let mut trace = Trace { rows: Vec::new(), blocks: Vec::new(), timed: true };
+        let mut rows = Vec::new();
+        let names = self.blocks.iter().max().map_or(0, |most| most + 1);
+        let copies = superpose(&self.rows, scale, seed);
+        for (copy, row) in copies {
+            let copied = copy * self.blocks.len() as u32;
+            if copied as usize >= trace.blocks.len() {
+                trace.blocks.extend(self.blocks.iter().map(|block| block + copy * names));
+            }
+            rows.push(TraceRow { blocks: (row.blocks.0 + copied, row.blocks.1), ..row });
+        }
+        trace.workload(rows)
     }
 
     /// All timestamps divided: bursts are squeezed too.
@@ -210,18 +231,23 @@ impl Trace {
     }
 }
 
-fn superpose(rows: &[TraceRow], scale: f64, seed: u64) -> Vec<TraceRow> {
+/// Rows of all copies, one copy after the other, each with its copy's number.
+fn superpose(rows: &[TraceRow], scale: f64, seed: u64) -> Vec<(u32, TraceRow)> {
     let mut random = Mersenne::new(seed);
     let span = rows.iter().map(|row| row.arrival_ms).fold(0.0, f64::max) + 1.0;
-    let (mut left, mut copy, mut out) = (scale, 0, Vec::new());
+    let (mut left, mut copy, mut out) = (scale, 0u32, Vec::new());
     while left > 1e-9 {
         let share = left.min(1.0);
         left -= 1.0;
         let offset = if copy > 0 { random.uniform() * span } else { 0.0 };
         copy += 1;
-        let mut thin = Mersenne::new(seed * 1000 + copy);
+        let mut thin = Mersenne::new(seed * 1000 + u64::from(copy));
         let kept = rows.iter().filter(|_| share >= 1.0 || thin.uniform() < share);
-        out.extend(kept.map(|row| TraceRow { arrival_ms: (row.arrival_ms + offset) % span, ..row.clone() }));
+        out.extend(
+            kept.map(|row| {
+                (copy - 1, TraceRow { arrival_ms: (row.arrival_ms + offset) % span, ..row.clone() })
+            }),
+        );
     }
     out
 }
@@ -235,7 +261,9 @@ pub fn shift(code: &Trace, scale: f64, seed: u64) -> Workload {
         let begin = f64::from(phase) * 300_000.0;
         if phase % 2 == 0 {
             let copies = superpose(&code.rows, 5.0 * scale, seed + phase as u64);
-            rows.extend(copies.into_iter().map(|row| TraceRow { arrival_ms: begin + row.arrival_ms, ..row }));
+            rows.extend(
+                copies.into_iter().map(|(_, row)| TraceRow { arrival_ms: begin + row.arrival_ms, ..row }),
+            );
             continue;
         }
         let mut at = 0.0;

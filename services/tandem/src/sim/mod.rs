@@ -1,5 +1,6 @@
 //! `tandem sim`: a cluster in virtual time under a trace, against every baseline.
 
+mod benchmarks;
 mod page;
 mod runs;
 mod table;
@@ -31,9 +32,9 @@ pub struct SimConfig {
     /// Let --scale and --find-scale divide timestamps instead of superposing copies
     #[arg(long)]
     squeezed: bool,
-    /// How lengths arrive: poisson, or gamma:CV
-    #[arg(long, default_value = "poisson")]
-    arrivals: String,
+    /// How lengths arrive: poisson (without it), or gamma:CV; a trace with times forgets them
+    #[arg(long)]
+    arrivals: Option<String>,
     /// Lengths follow a column of requests per second: FILE:COLUMN
     #[arg(long)]
     rates: Option<String>,
@@ -109,6 +110,15 @@ pub struct SimConfig {
     /// Which code decides about steps: twin (closed form) or real (the batcher itself)
     #[arg(long, default_value = "twin")]
     batching: String,
+    /// Make the tables of docs/benchmarks.md instead: targets, xllm, shift, general, cache, offline, flaws, speed
+    #[arg(long, value_name = "SECTIONS", num_args = 0..=1, default_missing_value = "all")]
+    benchmarks: Option<String>,
+    /// How many seeds and windows they take
+    #[arg(long, default_value_t = 5)]
+    rounds: usize,
+    /// Where the traces are that are not committed
+    #[arg(long, value_name = "DIR", default_value = "../shared/traces")]
+    traces: PathBuf,
     /// Write the runs as JSON
     #[arg(long)]
     json: Option<PathBuf>,
@@ -119,7 +129,11 @@ pub struct SimConfig {
 
 pub fn main(arguments: Vec<OsString>) -> ExitCode {
     let config: SimConfig = tandem_chassis::config::load(arguments);
-    match simulate(&config) {
+    let done = match &config.benchmarks {
+        Some(sections) => benchmarks::main(&config, sections),
+        None => simulate(&config),
+    };
+    match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(why) => {
             eprintln!("error: {why}");
@@ -156,7 +170,10 @@ fn scenario(config: &SimConfig) -> Result<Scenario, String> {
     let mut scenario = read.map_err(|e| e.to_string())?;
     scenario.squeezed = config.squeezed;
     scenario.squeeze = config.squeeze;
-    scenario.arrivals = config.arrivals.parse()?;
+    if let Some(arrivals) = &config.arrivals {
+        scenario.arrivals = arrivals.parse()?;
+        scenario.forget_times();
+    }
     scenario.spread_ms = config.spread_ms;
     if let Some(rates) = &config.rates {
         let (file, column) =

@@ -180,6 +180,11 @@ impl Bar {
         Bar { all, done: std::cell::Cell::new(0), shown: std::io::stderr().is_terminal() }
     }
 
+    /// A bar that only says what is being done.
+    pub fn of_unknown_length() -> Bar {
+        Bar::new(0)
+    }
+
     /// The next one begins.
     pub fn step(&self, what: &str) {
         let done = self.done.get();
@@ -187,7 +192,10 @@ impl Bar {
         if self.shown {
             let full = (done * 30) / self.all.max(1);
             let bar: String = (0..30).map(|i| if i < full { '#' } else { '.' }).collect();
-            eprint!("\r[{bar}] {done}/{} {what:<50}", self.all);
+            match self.all {
+                0 => eprint!("\r{:<6} {what:<90}", done + 1),
+                all => eprint!("\r[{bar}] {done}/{all} {what:<50}"),
+            }
             let _ = std::io::stderr().flush();
         }
     }
