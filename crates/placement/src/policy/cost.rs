@@ -209,8 +209,11 @@ impl Cost {
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
         let target = request.token_seconds;
-        terms.token_loss = lost * self.miss(after, target) + after;
-        terms.harm = lost * rows * (self.miss(after, target) - self.miss(before, target));
+        let missed = self.miss(after, target);
+        terms.token_loss = lost * missed + after;
+        if rows > 0.0 {
+            terms.harm = lost * rows * (missed - self.miss(before, target));
+        }
         if matches!(c.role, Role::Prefill) {
             // Its first decode takes away more than one row: steps must stay short from then on.
             let share = |decodes| self.prefill_share(c, decodes, &model, request);
