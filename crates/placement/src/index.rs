@@ -491,18 +491,26 @@ impl Index {
         found.into_iter().map(|(_, found)| found).collect()
     }
 
+    /// The number by which `held` names a worker that is known.
+    pub fn number(&self, worker: &WorkerId) -> Option<usize> {
+        self.members.get(worker).map(|member| member.number)
+    }
+
     /// The same for a policy, in no particular order: prefixes in tokens of blocks of `block_tokens`, held by the
-    /// candidates that `candidate` knows this start of a worker as. Clones no names, for there may be thousands.
+    /// candidates that `candidate` knows this start of a worker as. Names are neither cloned nor looked up, for
+    /// there may be thousands: a worker's number is given too, which is its own while this start lives and may be
+    /// another's later, so that a map by number has to compare the name.
     pub fn held(
         &self,
         hashes: &[BlockHash],
         block_tokens: u32,
-        candidate: impl Fn(&WorkerId, Incarnation) -> Option<usize>,
+        candidate: impl Fn(usize, &WorkerId, Incarnation) -> Option<usize>,
     ) -> Vec<Held> {
         let held = self.leads(hashes).into_iter().filter_map(|lead| {
-            let (worker, incarnation) = self.starts[number_of(lead.holder)].name.as_ref()?;
+            let number = number_of(lead.holder);
+            let (worker, incarnation) = self.starts[number].name.as_ref()?;
             Some(Held {
-                candidate: candidate(worker, *incarnation)?,
+                candidate: candidate(number, worker, *incarnation)?,
                 device_tokens: lead.device_blocks.saturating_mul(block_tokens),
                 tokens: lead.blocks.saturating_mul(block_tokens),
                 tier: lead.tier(),

@@ -142,12 +142,12 @@ proptest! {
         let mut both = Both::new(6, 1 << 24);
         events.iter().for_each(|event| both.happen(event));
         // Of these workers, one is no candidate.
-        let candidate = |worker: &WorkerId, _| (0..6).find(|n| name(*n) == *worker).filter(|n| *n != 3);
+        let candidate = |_, worker: &WorkerId, _| (0..6).find(|n| name(*n) == *worker).filter(|n| *n != 3);
         let mut told = both.index.held(&prompt, 16, candidate);
         told.sort_by_key(|held| held.candidate);
         let expected = both.oracle.longest(&prompt).into_iter().filter_map(|found| {
             let (device_tokens, tokens) = (found.device_blocks * 16, found.blocks * 16);
-            let candidate = candidate(&found.worker, found.incarnation)?;
+            let candidate = candidate(0, &found.worker, found.incarnation)?;
             Some(Held { candidate, device_tokens, tokens, tier: found.tier })
         });
         let mut expected: Vec<Held> = expected.collect();

@@ -5,9 +5,11 @@
 //! otherwise. Prefill where decode is, or decode where prefill was, are routes like others. Losses are smooth
 //! functions of predicted time over target, so nothing hangs on a threshold.
 
+use std::collections::HashMap;
+
 use serde::Serialize;
 use tandem_batching::pace;
-use tandem_types::{Role, StepTime};
+use tandem_types::{Role, StepTime, WorkerId};
 
 use super::{Considered, Explanation, Policy, Stage};
 use crate::candidate::sane_seconds;
@@ -127,21 +129,27 @@ impl Cost {
     }
 
     /// The share of its time that a worker gives to prompts while some wait.
-    fn prefill_share(&self, c: &Candidate, model: &StepTime, request: &Request) -> f64 {
+    fn prefill_share(&self, c: &Candidate, decodes: u32, model: &StepTime, request: &Request) -> f64 {
         let budget = match c.paced {
             true => pace::Budget::Slack(c.prompt_budget),
             false => pace::Budget::Tokens(c.prompt_budget),
         };
         let most = pace::step_most(request.token_seconds, request.expected());
-        pace::prompt_share(model, budget, most, c.decodes, c.decode_tokens as f64)
+        pace::prompt_share(model, budget, most, decodes, c.decode_tokens as f64)
     }
 
-    fn prefill_part(&self, at: usize, c: &Candidate, request: &Request, best: Option<Bring>) -> PrefillPart {
+    fn prefill_part(
+        &self,
+        at: usize,
+        c: &Candidate,
+        request: &Request,
+        held: Option<&Held>,
+        best: Option<Bring>,
+    ) -> PrefillPart {
         let model = c.sane_model().unwrap_or(UNKNOWN);
-        let held = request.held.iter().find(|held| held.candidate == at);
         let (bring, cached) = self.cheapest_prefix(&model, c, request, held, best);
         let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
-        let share = self.prefill_share(c, &model, request);
+        let share = self.prefill_share(c, c.decodes, &model, request);
         let usable = (if c.decodes > 0 { share * self.tuning.share_trust } else { 1.0 }).max(0.02);
         let wait = sane_seconds(c.timely_seconds) / usable;
         let compute = alone / usable;
@@ -201,14 +209,14 @@ impl Cost {
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
         let target = request.token_seconds;
-        terms.token_loss = lost * self.miss(after, target) + after;
-        terms.harm = lost * rows * (self.miss(after, target) - self.miss(before, target));
+        let missed = self.miss(after, target);
+        terms.token_loss = lost * missed + after;
+        if rows > 0.0 {
+            terms.harm = lost * rows * (missed - self.miss(before, target));
+        }
         if matches!(c.role, Role::Prefill) {
             // Its first decode takes away more than one row: steps must stay short from then on.
-            let share = |decodes| {
-                let c = Candidate { decodes, near: Vec::new(), worker: Default::default(), ..c.clone() };
-                self.prefill_share(&c, &model, request)
-            };
+            let share = |decodes| self.prefill_share(c, decodes, &model, request);
             let less = if c.decodes == 0 { share(0) - share(1) } else { 0.0 };
             terms.role = self.tuning.decode_on_prefill_seconds * (1.0 + less);
         }
@@ -254,12 +262,17 @@ impl Cost {
     /// The best few of each side, each worker with itself, and pairs with a link of their own.
     fn pairs(&self, request: &Request, candidates: &[Candidate]) -> (Vec<(PrefillPart, DecodePart)>, usize) {
         let best = Bring::best(request, candidates);
+        // Thousands may hold something: the entry of each, and not a search of all for everybody.
+        let mut held: Vec<Option<&Held>> = vec![None; candidates.len()];
+        for entry in request.held.iter().filter(|entry| entry.candidate < candidates.len()).rev() {
+            held[entry.candidate] = Some(entry);
+        }
         let able = |(_, c): &(usize, &Candidate)| c.role != Role::Encode;
         let prefills: Vec<PrefillPart> = candidates
             .iter()
             .enumerate()
             .filter(able)
-            .map(|(at, c)| self.prefill_part(at, c, request, best))
+            .map(|(at, c)| self.prefill_part(at, c, request, held[at], best))
             .collect();
         let decodes: Vec<DecodePart> = candidates
             .iter()
@@ -279,18 +292,41 @@ impl Cost {
         // The best that stays where it is: nothing travels.
         let local = smallest(few, prefills.iter().zip(&decodes).map(|(p, d)| p.cost + d.cost));
         pairs.extend(local.into_iter().map(|i| (prefills[i], decodes[i])));
-        for (p, part) in prefills.iter().enumerate() {
-            let near = &candidates[part.at].near;
-            if near.is_empty() {
-                continue;
-            }
-            for (d, other) in decodes.iter().enumerate() {
-                if near.iter().any(|(worker, _)| *worker == candidates[other.at].worker) {
-                    pairs.push((prefills[p], decodes[d]));
+        self.add_near(&mut pairs, &prefills, &decodes, request, candidates);
+        (pairs, prefills.len())
+    }
+
+    /// Pairs with a link of their own, as far as one may be cheaper than all pairs so far: a route costs at least
+    /// what its ends and its link do.
+    fn add_near(
+        &self,
+        pairs: &mut Vec<(PrefillPart, DecodePart)>,
+        prefills: &[PrefillPart],
+        decodes: &[DecodePart],
+        request: &Request,
+        candidates: &[Candidate],
+    ) {
+        if candidates.iter().all(|c| c.near.is_empty()) {
+            return;
+        }
+        let cost = |p: &PrefillPart, d: &DecodePart| self.join(p, d, request, candidates).sum();
+        let mut cheapest = pairs.iter().map(|(p, d)| cost(p, d)).fold(f64::INFINITY, f64::min);
+        let least = decodes.iter().map(|d| d.cost).fold(f64::INFINITY, f64::min);
+        let mut by_name: HashMap<&WorkerId, &DecodePart> = HashMap::new();
+        for p in prefills {
+            for (worker, link) in &candidates[p.at].near {
+                if p.cost + least + link.seconds(f64::from(request.prompt_tokens)) > cheapest {
+                    continue;
+                }
+                if by_name.is_empty() {
+                    by_name.extend(decodes.iter().rev().map(|d| (&candidates[d.at].worker, d)));
+                }
+                if let Some(d) = by_name.get(worker) {
+                    pairs.push((*p, **d));
+                    cheapest = cheapest.min(cost(p, d));
                 }
             }
         }
-        (pairs, prefills.len())
     }
 
     /// Every pair of candidates, for tests: `choose` looks at few of them.
@@ -361,7 +397,10 @@ impl Policy for Cost {
     fn best(&self, stage: Stage, request: &Request, candidates: &[Candidate], side: &[usize]) -> usize {
         let bring = Bring::best(request, candidates);
         let cost = |at: usize| match stage {
-            Stage::Prefill => self.prefill_part(at, &candidates[at], request, bring).cost,
+            Stage::Prefill => {
+                let held = request.held.iter().find(|held| held.candidate == at);
+                self.prefill_part(at, &candidates[at], request, held, bring).cost
+            }
             Stage::Decode => self.decode_part(at, &candidates[at], request).cost,
         };
         side[smallest(1, side.iter().map(|&at| cost(at)))[0]]

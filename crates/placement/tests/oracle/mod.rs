@@ -81,6 +81,7 @@ impl Oracle {
     }
 
     /// (block, holder) pairs.
+    #[allow(dead_code, reason = "tests count them, benches do not")]
     pub fn len(&self) -> usize {
         let workers = |holders: &BTreeSet<(u32, Tier)>| {
             let workers: BTreeSet<u32> = holders.iter().map(|(number, _)| *number).collect();
