@@ -3,10 +3,10 @@
 use std::sync::{Mutex, MutexGuard};
 
 use tandem_kv_cache::{HashChain, chain_seed};
-use tandem_placement::Tier;
-use tandem_placement::index::{Change, Found, Index, Refused};
+use tandem_placement::index::{Change, Index, Refused};
+use tandem_placement::{Held, Tier};
 use tandem_proto::{convert, v1};
-use tandem_types::{BlockHash, Incarnation, KvIdentity, TokenId, WorkerId};
+use tandem_types::{BLOCK_TOKENS, BlockHash, Incarnation, KvIdentity, TokenId, WorkerId};
 
 /// The index of a router.
 pub(crate) struct Prefixes {
@@ -65,9 +65,16 @@ impl Prefixes {
         self.lock().forget(worker);
     }
 
-    /// Who holds the longest beginnings of this chain.
-    pub(crate) fn longest(&self, hashes: &[BlockHash]) -> Vec<Found> {
-        if hashes.is_empty() { Vec::new() } else { self.lock().longest(hashes) }
+    /// Who holds how much of the beginning of this chain, by the place that `candidate` gives each.
+    pub(crate) fn held(
+        &self,
+        hashes: &[BlockHash],
+        candidate: impl Fn(&WorkerId, Incarnation) -> Option<usize>,
+    ) -> Vec<Held> {
+        if hashes.is_empty() {
+            return Vec::new();
+        }
+        self.lock().held(hashes, BLOCK_TOKENS, |_, worker, incarnation| candidate(worker, incarnation))
     }
 
     /// (block, holder) pairs, bytes, and blocks forgotten to keep to the bound.
@@ -105,7 +112,7 @@ mod tests {
         take(report(false, &[(false, &[2]), (true, &[4])])).unwrap();
         let blocks = |hashes: &[u128]| {
             let hashes: Vec<BlockHash> = hashes.iter().copied().map(BlockHash).collect();
-            prefixes.longest(&hashes).first().map_or(0, |found| found.blocks)
+            prefixes.held(&hashes, |_, _| Some(0)).first().map_or(0, |held| held.tokens / BLOCK_TOKENS)
         };
         assert_eq!((blocks(&[1, 2, 3]), blocks(&[3, 4, 5]), blocks(&[9])), (1, 2, 0));
         let mut wrong = report(false, &[(true, &[5])]);

@@ -7,7 +7,7 @@ use serde_json::json;
 use tandem_chassis::seam;
 use tandem_placement::{Candidate, Held};
 use tandem_proto::{convert, v1};
-use tandem_types::{BLOCK_TOKENS, ServiceClass, WorkerId};
+use tandem_types::{BLOCK_TOKENS, Incarnation, ServiceClass, WorkerId};
 
 use super::Course;
 use super::round::{Again, Round};
@@ -112,24 +112,14 @@ impl Course {
             self.hashes = identity
                 .map(|identity| prefixes::hashes(&identity, &self.request.salt, &self.request.prompt));
         }
-        let found = workers.prefixes().longest(self.hashes.as_deref().unwrap_or_default());
-        let mut held = Vec::with_capacity(found.len());
-        for found in &found {
-            // Links are in order of their workers' names.
-            let Ok(candidate) = links.binary_search_by(|link| link.worker.cmp(&found.worker)) else {
-                continue;
-            };
-            if links[candidate].incarnation == found.incarnation {
-                held.push(Held {
-                    candidate,
-                    device_tokens: found.device_blocks * BLOCK_TOKENS,
-                    tokens: found.blocks * BLOCK_TOKENS,
-                    tier: found.tier,
-                });
-            }
-        }
-        let best = found.into_iter().max_by_key(|found| found.blocks);
-        self.longest = best.map(|found| (found.worker, found.blocks));
+        // Links are in order of their workers' names.
+        let place = |worker: &WorkerId, incarnation: Incarnation| {
+            let at = links.binary_search_by(|link| link.worker.cmp(worker)).ok()?;
+            (links[at].incarnation == incarnation).then_some(at)
+        };
+        let held = workers.prefixes().held(self.hashes.as_deref().unwrap_or_default(), place);
+        let best = held.iter().max_by_key(|held| held.tokens);
+        self.longest = best.map(|held| (links[held.candidate].worker.clone(), held.tokens / BLOCK_TOKENS));
         held
     }
 

@@ -172,8 +172,11 @@ pub fn offline(bench: &Bench) -> Result<String, String> {
     ))
 }
 
+/// A load and its scale.
+type Scaled = (Scenario, f64);
+
 /// A day of online requests at half of what the cluster carries, alone and with the backlog; with the scale.
-fn tide(bench: &Bench, round: usize) -> Result<((Scenario, f64), (Scenario, f64)), String> {
+fn tide(bench: &Bench, round: usize) -> Result<(Scaled, Scaled), String> {
     let case = Case::new("tide", TIDE_LENGTHS, 1000, 50);
     let found = |name: &str| bench.find(name).expect("it was looked for");
     let mut steady = bench.scenario(&case, round)?.expect("it was looked for");

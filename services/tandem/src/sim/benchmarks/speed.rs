@@ -1,7 +1,6 @@
 //! How fast the simulator itself is.
 
-use std::time::Instant;
-
+use tandem_chassis::seam;
 use tandem_simulator::{Options, Split, run};
 
 use super::{Bench, Case, spread, table};
@@ -29,9 +28,9 @@ pub fn speed(bench: &Bench) -> Result<String, String> {
                 seed: round as u64 + 1,
                 ..Options::default()
             };
-            let begin = Instant::now();
+            let begin = seam::now();
             let outcome = run(&options, &workload)?;
-            let took = begin.elapsed().as_secs_f64();
+            let took = seam::now().since(begin).as_secs_f64();
             seconds.push(took);
             rates.push(outcome.requests as f64 / took);
             attained.push(outcome.attainment());
