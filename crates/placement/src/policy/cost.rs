@@ -36,19 +36,16 @@ pub struct Tuning {
     pub peer_pulls: bool,
 }
 
-fn env(k: &str, d: f64) -> f64 {
-    std::env::var(k).ok().and_then(|v| v.parse().ok()).unwrap_or(d)
-}
 impl Default for Tuning {
     fn default() -> Self {
         Tuning {
-            miss_seconds: env("MISS", 10.0),
-            edge: env("EDGE", 0.95),
-            softness: env("SOFT", 0.04),
-            decode_on_prefill_seconds: env("DOP", 1.0),
-            prefill_on_decode_seconds: env("POD", 0.05),
-            share_least: env("SHARE", 0.1),
-            share_trust: env("SAFE", 0.7),
+            miss_seconds: 10.0,
+            edge: 0.95,
+            softness: 0.04,
+            decode_on_prefill_seconds: 1.0,
+            prefill_on_decode_seconds: 0.05,
+            share_least: 0.1,
+            share_trust: 0.7,
             few: 8,
             peer_pulls: true,
         }
@@ -89,6 +86,12 @@ impl Terms {
 /// What no model is known for is taken to be like this.
 const UNKNOWN: StepTime = crate::predictor::PROFILES[0].step;
 
+/// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
+const CERTAIN: f64 = 20.0;
+
+/// More than sums of the same terms in another order differ by.
+const ROUNDING: f64 = 1e-6;
+
 /// Weighs whole routes.
 #[derive(Clone, Debug, Default)]
 pub struct Cost {
@@ -123,17 +126,26 @@ impl Cost {
             return 0.0;
         }
         let ratio = if target > 0.0 { predicted / target } else { f64::INFINITY };
-        1.0 / (1.0 + ((self.tuning.edge - ratio) / self.tuning.softness).exp())
+        let room = (self.tuning.edge - ratio) / self.tuning.softness;
+        // Most of a large cluster is far from the edge: no exponential for those.
+        match room {
+            _ if room > CERTAIN => 0.0,
+            _ if room < -CERTAIN => 1.0,
+            _ => 1.0 / (1.0 + room.exp()),
+        }
     }
 
-    /// The share of its time that a worker gives to prompts while some wait.
-    fn prefill_share(&self, c: &Candidate, model: &StepTime, request: &Request) -> f64 {
+    /// The share of its time that a worker gives to prompts while some wait, beside so many decodes.
+    fn prefill_share(&self, c: &Candidate, decodes: u32, model: &StepTime, request: &Request) -> f64 {
+        if decodes == 0 {
+            return 1.0;
+        }
         let budget = match c.paced {
             true => pace::Budget::Slack(c.prompt_budget),
             false => pace::Budget::Tokens(c.prompt_budget),
         };
         let most = pace::step_most(request.token_seconds, request.expected());
-        pace::prompt_share(model, budget, most, c.decodes, c.decode_tokens as f64)
+        pace::prompt_share(model, budget, most, decodes, c.decode_tokens as f64)
     }
 
     fn prefill_part(&self, at: usize, c: &Candidate, request: &Request, best: Option<Bring>) -> PrefillPart {
@@ -141,7 +153,7 @@ impl Cost {
         let held = request.held.iter().find(|held| held.candidate == at);
         let (bring, cached) = self.cheapest_prefix(&model, c, request, held, best);
         let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
-        let share = self.prefill_share(c, &model, request);
+        let share = self.prefill_share(c, c.decodes, &model, request);
         let usable = (if c.decodes > 0 { share * self.tuning.share_trust } else { 1.0 }).max(0.02);
         let wait = sane_seconds(c.timely_seconds) / usable;
         let compute = alone / usable;
@@ -205,11 +217,7 @@ impl Cost {
         terms.harm = lost * rows * (self.miss(after, target) - self.miss(before, target));
         if matches!(c.role, Role::Prefill) {
             // Its first decode takes away more than one row: steps must stay short from then on.
-            let share = |decodes| {
-                let c = Candidate { decodes, near: Vec::new(), worker: Default::default(), ..c.clone() };
-                self.prefill_share(&c, &model, request)
-            };
-            let less = if c.decodes == 0 { share(0) - share(1) } else { 0.0 };
+            let less = if c.decodes == 0 { 1.0 - self.prefill_share(c, 1, &model, request) } else { 0.0 };
             terms.role = self.tuning.decode_on_prefill_seconds * (1.0 + less);
         }
         if c.kv_tokens > 0 {
@@ -241,8 +249,10 @@ impl Cost {
             // The first gap has the transfer and the rest of the step that the worker is in.
             let late = (seconds + d.step_seconds / 2.0) / request.expected().max(1.0);
             let with = self.miss(d.token_seconds + late, target);
-            let without = self.miss(d.token_seconds, target);
-            terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);
+            if with > 0.0 {
+                let without = self.miss(d.token_seconds, target);
+                terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);
+            }
         }
         terms.token_loss += d.terms.token_loss;
         terms.harm += d.terms.harm;
@@ -254,43 +264,33 @@ impl Cost {
     /// The best few of each side, each worker with itself, and pairs with a link of their own.
     fn pairs(&self, request: &Request, candidates: &[Candidate]) -> (Vec<(PrefillPart, DecodePart)>, usize) {
         let best = Bring::best(request, candidates);
-        let able = |(_, c): &(usize, &Candidate)| c.role != Role::Encode;
-        let prefills: Vec<PrefillPart> = candidates
-            .iter()
-            .enumerate()
-            .filter(able)
-            .map(|(at, c)| self.prefill_part(at, c, request, best))
-            .collect();
-        let decodes: Vec<DecodePart> = candidates
-            .iter()
-            .enumerate()
-            .filter(able)
-            .map(|(at, c)| self.decode_part(at, c, request))
-            .collect();
+        let able: Vec<usize> =
+            (0..candidates.len()).filter(|&at| candidates[at].role != Role::Encode).collect();
+        // Costs alone first: terms are wanted of few.
+        let prefill = |at: usize| self.prefill_part(at, &candidates[at], request, best);
+        let decode = |at: usize| self.decode_part(at, &candidates[at], request);
+        let prefills: Vec<f64> = able.iter().map(|&at| prefill(at).cost).collect();
+        let decodes: Vec<f64> = able.iter().map(|&at| decode(at).cost).collect();
         let few = self.tuning.few.max(1);
-        let (by_prefill, by_decode) =
-            (smallest(few, prefills.iter().map(|p| p.cost)), smallest(few, decodes.iter().map(|d| d.cost)));
+        let parts = |costs: &[f64]| smallest(few, costs.iter().copied()).into_iter().map(|nth| able[nth]);
+        let by_prefill: Vec<PrefillPart> = parts(&prefills).map(prefill).collect();
+        let by_decode: Vec<DecodePart> = parts(&decodes).map(decode).collect();
         let mut pairs = Vec::with_capacity(few * few + 16);
         for &p in &by_prefill {
-            for &d in &by_decode {
-                pairs.push((prefills[p], decodes[d]));
-            }
+            pairs.extend(by_decode.iter().map(|&d| (p, d)));
         }
         // The best that stays where it is: nothing travels.
-        let local = smallest(few, prefills.iter().zip(&decodes).map(|(p, d)| p.cost + d.cost));
-        pairs.extend(local.into_iter().map(|i| (prefills[i], decodes[i])));
-        for (p, part) in prefills.iter().enumerate() {
-            let near = &candidates[part.at].near;
-            if near.is_empty() {
-                continue;
-            }
-            for (d, other) in decodes.iter().enumerate() {
-                if near.iter().any(|(worker, _)| *worker == candidates[other.at].worker) {
-                    pairs.push((prefills[p], decodes[d]));
+        let local: Vec<f64> = prefills.iter().zip(&decodes).map(|(p, d)| p + d).collect();
+        pairs.extend(parts(&local).map(|at| (prefill(at), decode(at))));
+        for &p in able.iter().filter(|&&at| !candidates[at].near.is_empty()) {
+            let near = &candidates[p].near;
+            for &d in &able {
+                if near.iter().any(|(worker, _)| *worker == candidates[d].worker) {
+                    pairs.push((prefill(p), decode(d)));
                 }
             }
         }
-        (pairs, prefills.len())
+        (pairs, able.len())
     }
 
     /// Every pair of candidates, for tests: `choose` looks at few of them.
@@ -370,15 +370,23 @@ impl Policy for Cost {
     ) -> Option<usize> {
         let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), cost: 0.0 };
         let from = prefill.filter(|&at| at < candidates.len());
-        let costs = candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode).map(|(at, c)| {
+        let mut best: Option<(usize, f64)> = None;
+        for (at, c) in candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode) {
             let d = self.decode_part(at, c, request);
+            let least = best.map_or(f64::INFINITY, |(_, cost)| cost);
+            // The way there only adds to its cost.
+            if best.is_some() && d.cost > least + ROUNDING {
+                continue;
+            }
             let cost = match from {
                 Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &d, request, candidates).sum(),
                 None => d.cost,
             };
-            (at, cost)
-        });
-        costs.min_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0))).map(|(at, _)| at)
+            if best.is_none() || cost < least {
+                best = Some((at, cost));
+            }
+        }
+        best.map(|(at, _)| at)
     }
 
     fn explain(&self, request: &Request, candidates: &[Candidate]) -> Explanation {
