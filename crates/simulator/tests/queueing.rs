@@ -44,7 +44,7 @@ fn one_worker_with_constant_work_waits_as_long_as_theory_says() {
     }
 }
 
-/// Little's law: the number of requests in the system is their rate times their time in it.
+/// Work comes at a known rate and none of it is lost or done twice, so workers are busy for that share of time.
 #[test]
 fn workers_are_busy_for_the_share_of_time_that_the_load_asks_for() {
     let service = PROFILES[0].step.step(f64::from(TOKENS), attention_pairs(TOKENS, 0), 0.0);
