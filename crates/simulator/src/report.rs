@@ -52,6 +52,10 @@ pub struct Outcome {
     pub offline_tokens: u64,
     /// Offline requests that ended.
     pub offline_requests: u64,
+    /// Offline requests that did not end.
+    pub offline_open: usize,
+    /// Blocks of KV in use after the last event. Only what has not ended has any.
+    pub kv_blocks_left: u64,
     /// When the last request came.
     pub span: Time,
     /// When the last event was.

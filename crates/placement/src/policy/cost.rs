@@ -91,6 +91,9 @@ impl Terms {
 /// What no model is known for is taken to be like this.
 const UNKNOWN: StepTime = crate::predictor::PROFILES[0].step;
 
+/// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
+const CERTAIN: f64 = 20.0;
+
 /// Weighs whole routes.
 #[derive(Clone, Debug, Default)]
 pub struct Cost {
@@ -125,11 +128,20 @@ impl Cost {
             return 0.0;
         }
         let ratio = if target > 0.0 { predicted / target } else { f64::INFINITY };
-        1.0 / (1.0 + ((self.tuning.edge - ratio) / self.tuning.softness).exp())
+        let room = (self.tuning.edge - ratio) / self.tuning.softness;
+        // Most of a large cluster is far from the edge: no exponential for those.
+        match room {
+            _ if room > CERTAIN => 0.0,
+            _ if room < -CERTAIN => 1.0,
+            _ => 1.0 / (1.0 + room.exp()),
+        }
     }
 
-    /// The share of its time that a worker gives to prompts while some wait.
+    /// The share of its time that a worker gives to prompts while some wait, beside so many decodes.
     fn prefill_share(&self, c: &Candidate, decodes: u32, model: &StepTime, request: &Request) -> f64 {
+        if decodes == 0 {
+            return 1.0;
+        }
         let budget = match c.paced {
             true => pace::Budget::Slack(c.prompt_budget),
             false => pace::Budget::Tokens(c.prompt_budget),
@@ -216,8 +228,7 @@ impl Cost {
         }
         if matches!(c.role, Role::Prefill) {
             // Its first decode takes away more than one row: steps must stay short from then on.
-            let share = |decodes| self.prefill_share(c, decodes, &model, request);
-            let less = if c.decodes == 0 { share(0) - share(1) } else { 0.0 };
+            let less = if c.decodes == 0 { 1.0 - self.prefill_share(c, 1, &model, request) } else { 0.0 };
             terms.role = self.tuning.decode_on_prefill_seconds * (1.0 + less);
         }
         if c.kv_tokens > 0 {
@@ -249,8 +260,10 @@ impl Cost {
             // The first gap has the transfer and the rest of the step that the worker is in.
             let late = (seconds + d.step_seconds / 2.0) / request.expected().max(1.0);
             let with = self.miss(d.token_seconds + late, target);
-            let without = self.miss(d.token_seconds, target);
-            terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);
+            if with > 0.0 {
+                let without = self.miss(d.token_seconds, target);
+                terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);
+            }
         }
         terms.token_loss += d.terms.token_loss;
         terms.harm += d.terms.harm;
@@ -281,13 +294,11 @@ impl Cost {
             .map(|(at, c)| self.decode_part(at, c, request))
             .collect();
         let few = self.tuning.few.max(1);
-        let (by_prefill, by_decode) =
-            (smallest(few, prefills.iter().map(|p| p.cost)), smallest(few, decodes.iter().map(|d| d.cost)));
+        let by_prefill = smallest(few, prefills.iter().map(|p| p.cost));
+        let by_decode = smallest(few, decodes.iter().map(|d| d.cost));
         let mut pairs = Vec::with_capacity(few * few + 16);
         for &p in &by_prefill {
-            for &d in &by_decode {
-                pairs.push((prefills[p], decodes[d]));
-            }
+            pairs.extend(by_decode.iter().map(|&d| (prefills[p], decodes[d])));
         }
         // The best that stays where it is: nothing travels.
         let local = smallest(few, prefills.iter().zip(&decodes).map(|(p, d)| p.cost + d.cost));
@@ -418,15 +429,22 @@ impl Policy for Cost {
     ) -> Option<usize> {
         let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), cost: 0.0 };
         let from = prefill.filter(|&at| at < candidates.len());
-        let costs = candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode).map(|(at, c)| {
+        let equal = self.tuning.equal_seconds;
+        let (mut least, mut costs) = (f64::INFINITY, Vec::new());
+        for (at, c) in candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode) {
             let d = self.decode_part(at, c, request);
+            // The way there only adds to its cost.
+            if d.cost > least + equal && !costs.is_empty() {
+                continue;
+            }
             let cost = match from {
                 Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &d, request, candidates).sum(),
                 None => d.cost,
             };
-            (at, cost)
-        });
-        in_turn(costs.collect(), self.tuning.equal_seconds, request.ordinal).map(|(at, _)| at)
+            least = least.min(cost);
+            costs.push((at, cost));
+        }
+        in_turn(costs, equal, request.ordinal).map(|(at, _)| at)
     }
 
     fn explain(&self, request: &Request, candidates: &[Candidate]) -> Explanation {

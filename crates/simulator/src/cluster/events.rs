@@ -266,7 +266,9 @@ impl Cluster<'_> {
         let online = self.workload.arrivals.iter().filter(|a| a.class == ServiceClass::Online);
         self.outcome.requests = online.count();
         self.outcome.unfinished = self.outcome.requests - self.outcome.served.len();
-        // What offline work is half done counts for what it has.
+        self.outcome.offline_open =
+            self.offline_open.iter().map(Vec::len).sum::<usize>() + self.offline.len();
+        self.outcome.kv_blocks_left = self.workers.iter().map(|w| u64::from(w.batcher.blocks().0)).sum();
         self.outcome.span = end;
         self.outcome.ended = self.now;
         self.outcome.log_hash = self.hash;

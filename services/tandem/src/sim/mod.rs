@@ -122,7 +122,7 @@ pub struct SimConfig {
     /// Write the runs as JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Write a page that shows the first run over time
+    /// Write a page that shows every run over time
     #[arg(long)]
     html: Option<PathBuf>,
 }
