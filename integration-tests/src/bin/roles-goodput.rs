@@ -35,8 +35,8 @@ struct Phase {
 }
 
 const PHASES: [Phase; 2] = [
-    Phase { seconds: 30.0, per_second: 8.5, prompt: 1500.0, answer: 16.0 },
-    Phase { seconds: 30.0, per_second: 8.0, prompt: 60.0, answer: 220.0 },
+    Phase { seconds: 40.0, per_second: 11.0, prompt: 1500.0, answer: 16.0 },
+    Phase { seconds: 25.0, per_second: 8.0, prompt: 60.0, answer: 220.0 },
 ];
 
 struct Options {
