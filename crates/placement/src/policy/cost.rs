@@ -134,7 +134,7 @@ impl Cost {
             true => pace::Budget::Slack(c.prompt_budget),
             false => pace::Budget::Tokens(c.prompt_budget),
         };
-        let most = pace::step_most(request.token_seconds, request.expected());
+        let most = pace::step_most(request.token_target(), request.expected());
         pace::prompt_share(model, budget, most, decodes, c.decode_tokens as f64)
     }
 
@@ -155,7 +155,7 @@ impl Cost {
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
         let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
-        terms.first_token_loss = self.tuning.miss_seconds * self.miss(first, request.first_token_seconds);
+        terms.first_token_loss = self.tuning.miss_seconds * self.miss(first, request.first_token_target());
         if c.role == Role::Decode {
             terms.role = self.tuning.prefill_on_decode_seconds;
         }
@@ -208,7 +208,7 @@ impl Cost {
         let after = model.step(rows + 1.0, 0.0, context + own);
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
-        let target = request.token_seconds;
+        let target = request.token_target();
         let missed = self.miss(after, target);
         terms.token_loss = lost * missed + after;
         if rows > 0.0 {
@@ -241,7 +241,7 @@ impl Cost {
 
     fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
         let mut terms = p.terms;
-        let target = request.token_seconds;
+        let target = request.token_target();
         if p.at != d.at {
             let from = &candidates[p.at];
             let seconds = from.link_to(&candidates[d.at]).seconds(f64::from(request.prompt_tokens));
