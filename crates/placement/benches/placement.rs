@@ -9,10 +9,11 @@ mod oracle;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::hint::black_box;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use criterion::{BatchSize, Criterion, Throughput};
 use oracle::Oracle;
+use tandem_chassis::seam;
 use tandem_placement::cost::Cost;
 use tandem_placement::index::{Change, Index};
 use tandem_placement::predictor::PROFILES;
@@ -52,11 +53,6 @@ unsafe impl GlobalAlloc for Counting {
 
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
-
-#[allow(clippy::disallowed_methods, reason = "a bench measures real time")]
-fn now() -> Instant {
-    Instant::now()
-}
 
 /// Random enough, and the same every time.
 fn mix(n: u64) -> u64 {
@@ -143,9 +139,9 @@ fn measured<T>(
         sequences[worker] += 1;
         let Change::Stored(_, blocks) = &change else { continue };
         pairs += blocks.len();
-        let start = now();
+        let start = seam::now();
         feed(into, worker, sequences[worker], &change);
-        took += start.elapsed();
+        took += seam::now().since(start);
     }
     let bytes = ALLOCATED.load(Relaxed).saturating_sub(before);
     println!(
@@ -236,9 +232,9 @@ fn processor_time() -> Duration {
 
 fn timed<T>(times: usize, mut work: impl FnMut(usize) -> T) -> Vec<Took> {
     let one = |n| {
-        let (start, processor) = (now(), processor_time());
+        let (start, processor) = (seam::now(), processor_time());
         black_box(work(n));
-        Took { processor: processor_time() - processor, passed: start.elapsed() }
+        Took { processor: processor_time() - processor, passed: seam::now().since(start) }
     };
     (0..times).map(one).collect()
 }

@@ -51,7 +51,7 @@ pub fn admit(
 ) -> Verdict {
     let shed = |reason: String, seconds: f64| Verdict::Shed {
         reason,
-        retry_after: Duration::from_secs_f64(seconds.clamp(1.0, 60.0).ceil()),
+        retry_after: Duration::from_secs_f64(sane_seconds(seconds).clamp(1.0, 60.0).ceil()),
     };
     if waiting >= waiting_max {
         return shed(format!("{waiting} requests wait already, at most {waiting_max}"), 1.0);
@@ -61,8 +61,10 @@ pub fn admit(
         return shed("no worker takes work now".to_owned(), 1.0);
     }
     if request.class == ServiceClass::Offline {
-        let usage =
-            able.iter().map(|c| f64::from(c.kv_usage.clamp(0.0, 1.0))).sum::<f64>() / able.len() as f64;
+        // What is not a number is taken for full.
+        let of =
+            |c: &&Candidate| if c.kv_usage.is_nan() { 1.0 } else { f64::from(c.kv_usage.clamp(0.0, 1.0)) };
+        let usage = able.iter().map(of).sum::<f64>() / able.len() as f64;
         return if usage > limits.offline_kv_usage {
             shed(format!("{:.0} % of KV is in use, and offline work waits for a gap", usage * 100.0), 5.0)
         } else {
@@ -74,16 +76,17 @@ pub fn admit(
         let wait = able.iter().map(|c| sane_seconds(c.timely_seconds)).fold(f64::INFINITY, f64::min);
         let reason = format!(
             "the shortest queue is {wait:.2} s and its first token is due in {:.2} s",
-            request.first_token_seconds
+            request.first_token_target()
         );
-        return shed(reason, wait - request.first_token_seconds);
+        return shed(reason, wait - request.first_token_target());
     }
     Verdict::Admit { chance }
 }
 
 /// The chance that the first token of this request is in time at the best candidate.
 pub fn chance(request: &Request, candidates: &[&Candidate]) -> f64 {
-    if !request.first_token_seconds.is_finite() {
+    let target = request.first_token_target();
+    if !target.is_finite() {
         return 1.0;
     }
     let seconds = candidates.iter().filter_map(|c| {
@@ -94,5 +97,5 @@ pub fn chance(request: &Request, candidates: &[&Candidate]) -> f64 {
         return 1.0; // nothing is known: the queue bound alone sheds
     };
     // A prediction is off by a tenth now and then.
-    1.0 / (1.0 + ((best / request.first_token_seconds.max(1e-6) - 1.0) / 0.05).exp())
+    1.0 / (1.0 + ((best / target.max(1e-6) - 1.0) / 0.05).exp())
 }

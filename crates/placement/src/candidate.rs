@@ -102,6 +102,18 @@ pub(crate) fn sane_seconds(seconds: f64) -> f64 {
     if seconds.is_nan() { SECONDS_MAX } else { seconds.clamp(0.0, SECONDS_MAX) }
 }
 
+/// Step times, unless they cannot be: a step takes a nanosecond at least, and no part of one takes a day.
+pub(crate) fn sane_step(step: StepTime) -> Option<StepTime> {
+    let all = [step.a0, step.a1, step.a2, step.b0, step.b1, step.b2];
+    let bounded = all.iter().all(|x| *x <= SECONDS_MAX) && step.a0.max(step.b0) >= 1e-9;
+    (step.is_sane() && bounded).then_some(step)
+}
+
+/// A target in seconds: what is not a number is none, and no target is in the past.
+fn sane_target(seconds: f64) -> f64 {
+    if seconds.is_nan() { f64::INFINITY } else { seconds.max(0.0) }
+}
+
 impl Candidate {
     /// The way from here to there; none is needed to oneself.
     pub fn link_to(&self, other: &Candidate) -> Link {
@@ -117,7 +129,7 @@ impl Candidate {
 
     /// The predictor, unless its numbers cannot be times.
     pub fn sane_model(&self) -> Option<StepTime> {
-        self.model.filter(StepTime::is_sane)
+        self.model.and_then(sane_step)
     }
 }
 
@@ -200,6 +212,16 @@ impl Default for Request {
 }
 
 impl Request {
+    /// Seconds left for the first token: none if they are over, infinite without a target.
+    pub fn first_token_target(&self) -> f64 {
+        sane_target(self.first_token_seconds)
+    }
+
+    /// Seconds per further token: none is negative, infinite without a target.
+    pub fn token_target(&self) -> f64 {
+        sane_target(self.token_seconds)
+    }
+
     /// Expected output, at least one token and at most `max_tokens`.
     pub fn expected(&self) -> f64 {
         let most = f64::from(self.max_tokens.max(1));

@@ -5,14 +5,14 @@
 //! gain for some seconds, leaves recently flipped workers alone, and keeps the floors. It is fed and asked by
 //! its caller's clock, so that a day can be replayed in a second.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use serde::Serialize;
 use tandem_types::{Role, StepTime, Time, WorkerId};
 
 use crate::Candidate;
-use crate::candidate::sane_seconds;
+use crate::candidate::{sane_seconds, sane_step};
 
 /// How the planner behaves; one set for everything.
 #[derive(Clone, Debug, PartialEq)]
@@ -82,6 +82,27 @@ pub struct Load {
     pub token_seconds: f64,
 }
 
+/// No cluster sees more of anything in a second.
+const COUNT_MAX: f64 = 1e12;
+
+fn sane_count(count: f64) -> f64 {
+    if count.is_nan() { 0.0 } else { count.clamp(0.0, COUNT_MAX) }
+}
+
+impl Load {
+    /// Without what cannot be: nothing is negative or endless, and a target of no use is none.
+    fn sane(&self) -> Load {
+        Load {
+            requests: sane_count(self.requests),
+            prompt_tokens: sane_count(self.prompt_tokens),
+            prefill_seconds: sane_seconds(self.prefill_seconds),
+            output_tokens: sane_count(self.output_tokens),
+            first_token_seconds: sane_count(self.first_token_seconds),
+            token_seconds: if self.token_seconds < 1e-6 { 0.0 } else { sane_count(self.token_seconds) },
+        }
+    }
+}
+
 /// Watches what comes and what is drawn.
 #[derive(Clone, Debug)]
 pub struct Observer {
@@ -92,7 +113,7 @@ pub struct Observer {
 impl Observer {
     /// Averages over about so many seconds.
     pub fn new(memory_seconds: f64) -> Observer {
-        Observer { memory_seconds: memory_seconds.max(0.1), sums: Fading::default() }
+        Observer { memory_seconds: sane_seconds(memory_seconds).max(0.1), sums: Fading::default() }
     }
 
     fn fade(&mut self, now: Time) {
@@ -158,8 +179,8 @@ impl Observer {
     /// Tokens were drawn, and so many answers have ended.
     pub fn drawn(&mut self, tokens: f64, ended: f64, now: Time) {
         self.fade(now);
-        self.sums.drawn += tokens.max(0.0);
-        self.sums.ended += ended.max(0.0);
+        self.sums.drawn += sane_count(tokens);
+        self.sums.ended += sane_count(ended);
     }
 
     /// Mean answer length by exposure: tokens drawn per answer ended, so that answers which are still growing
@@ -247,7 +268,7 @@ pub struct Room {
 
 impl Room {
     /// Of the smallest of these.
-    fn of(candidates: &[Candidate]) -> Room {
+    fn of(candidates: &[&Candidate]) -> Room {
         let least = |all: &mut dyn Iterator<Item = u64>| all.filter(|&n| n > 0).min().unwrap_or(0) as f64;
         Room {
             kv_tokens: least(&mut candidates.iter().map(|c| c.kv_tokens)),
@@ -270,8 +291,9 @@ fn token_target(step: &StepTime, load: &Load) -> f64 {
 
 /// What a split promises under this load.
 pub fn promise(step: &StepTime, room: &Room, load: &Load, prefill: usize, decode: usize) -> Promise {
+    let (load, step) = (load.sane(), sane_step(*step).unwrap_or(crate::predictor::PROFILES[0].step));
     let (p, d) = (prefill as f64, decode as f64);
-    let target = token_target(step, load);
+    let target = token_target(&step, &load);
     let per_step = USABLE * target;
     let context = load.prompt_tokens + load.output_tokens / 2.0;
     let drawn = load.requests * (load.output_tokens - 1.0).max(0.0);
@@ -316,22 +338,26 @@ impl Planner {
     pub fn plan(&mut self, candidates: &[Candidate], load: &Load, now: Time) -> Plan {
         self.last = self.last.max(now); // a clock that goes back stands still
         let now = self.last;
+        // A worker that is shown twice is still one.
+        let mut names = BTreeSet::new();
+        let candidates: Vec<&Candidate> = candidates.iter().filter(|c| names.insert(&c.worker)).collect();
         let of = |role| candidates.iter().filter(move |c| c.role == role);
         let (prefill, decode) = (of(Role::Prefill).count(), of(Role::Decode).count());
         let all = prefill + decode;
         let none = |reason: &str| Plan { reason: reason.to_owned(), ..Plan::default() };
         let (prefill_floor, decode_floor) = self.config.floors;
-        if all < prefill_floor + decode_floor || all < 2 {
+        if all < prefill_floor.saturating_add(decode_floor) || all < 2 {
             return none("too few workers have a role to change");
         }
         let sane = [load.requests, load.prompt_tokens, load.prefill_seconds, load.output_tokens];
         if sane.iter().any(|x| !x.is_finite() || *x < 0.0) {
             return none("the load is not a load");
         }
-        let Some(step) = candidates.iter().find_map(Candidate::sane_model) else {
+        let load = &load.sane();
+        let Some(step) = candidates.iter().find_map(|c| c.sane_model()) else {
             return none("no step times are known");
         };
-        let room = Room::of(candidates);
+        let room = Room::of(&candidates);
         let promises: Vec<Promise> = (prefill_floor..=all - decode_floor)
             .map(|prefill| promise(&step, &room, load, prefill, all - prefill))
             .collect();
@@ -368,7 +394,7 @@ impl Planner {
         if now.since(since) < self.config.patience {
             return plan(Vec::new(), "a better split has to be better for longer".to_owned());
         }
-        let flips = self.flips(candidates, prefill, best.prefill, now);
+        let flips = self.flips(&candidates, prefill, best.prefill, now);
         let reason = if flips.is_empty() {
             "who should flip was flipped a moment ago".to_owned()
         } else {
@@ -393,13 +419,14 @@ impl Planner {
     }
 
     /// Those with the least to lose: fewest decodes to become a prefill worker, shortest queue the other way.
-    fn flips(&self, candidates: &[Candidate], from: usize, to: usize, now: Time) -> Vec<Flip> {
+    fn flips(&self, candidates: &[&Candidate], from: usize, to: usize, now: Time) -> Vec<Flip> {
         let (old, new) =
             if to > from { (Role::Decode, Role::Prefill) } else { (Role::Prefill, Role::Decode) };
         let rested = |c: &&Candidate| {
             self.flipped.get(&c.worker).is_none_or(|at| now.since(*at) >= self.config.cool_down)
         };
-        let mut able: Vec<&Candidate> = candidates.iter().filter(|c| c.role == old).filter(rested).collect();
+        let mut able: Vec<&Candidate> =
+            candidates.iter().copied().filter(|c| c.role == old).filter(rested).collect();
         able.sort_by(|a, b| {
             let by = match old {
                 Role::Decode => a.decode_tokens.cmp(&b.decode_tokens),

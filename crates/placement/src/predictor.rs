@@ -2,6 +2,8 @@
 
 use tandem_types::StepTime;
 
+use crate::candidate::sane_step;
+
 /// A model on a device whose step times are known before anything was measured.
 #[derive(Debug)]
 pub struct Profile {
@@ -64,8 +66,10 @@ pub struct Measured {
 
 impl Measured {
     fn is_sane(&self) -> bool {
-        let all = [self.tokens, self.pairs, self.context, self.seconds];
-        all.iter().all(|x| x.is_finite() && *x >= 0.0) && self.seconds > 0.0 && self.tokens >= 1.0
+        // No step is as large as any of these.
+        let within = |x: f64, most: f64| (0.0..=most).contains(&x);
+        let sizes = within(self.tokens, 1e9) && within(self.pairs, 1e18) && within(self.context, 1e15);
+        sizes && within(self.seconds, 86_400.0) && self.seconds > 0.0 && self.tokens >= 1.0
     }
 }
 
@@ -86,6 +90,8 @@ pub fn from_two_points(like: StepTime, prompt: Measured, decode: Measured) -> Op
 const MEMORY_STEPS: f64 = 2_000.0;
 /// Measurements beyond this factor of the prediction are stalls or lies, and teach nothing.
 const OUTLIER: f64 = 8.0;
+/// Beyond this one not even the first do, when a profile may still be that of another device.
+const ABSURD: f64 = 1_000.0;
 
 /// A predictor that learns. It starts from a profile and corrects it by recursive least squares on relative
 /// errors; a step bound by memory teaches nothing about the line that is bound by arithmetic.
@@ -126,7 +132,7 @@ impl Fit {
         for (g, row) in gain.iter_mut().zip(&self.covariance) {
             *g = row.iter().zip(&terms).map(|(p, x)| p * x).sum();
         }
-        let spread = noise + gain.iter().zip(&terms).map(|(g, x)| g * x).sum::<f64>();
+        let spread = noise + gain.iter().zip(&terms).map(|(g, x)| g * x).sum::<f64>().max(0.0);
         let expected: f64 = self.factors.iter().zip(&terms).map(|(f, x)| f * x).sum();
         for (factor, g) in self.factors.iter_mut().zip(&gain) {
             *factor = (*factor + g / spread * (ratio - expected)).clamp(0.05, 20.0);
@@ -142,8 +148,9 @@ impl Fit {
 }
 
 impl Predictor {
-    /// Begins with these step times.
+    /// Begins with these step times, or with those of some device if they cannot be any.
     pub fn new(prior: StepTime) -> Predictor {
+        let prior = sane_step(prior).unwrap_or(PROFILES[0].step);
         Predictor { prior, fit: Fit::new(), error: 0.0, measured: 0 }
     }
 
@@ -169,7 +176,8 @@ impl Predictor {
         let predicted = now.step(step.tokens, step.pairs, step.context);
         let ratio = step.seconds / predicted;
         // A whole device may be that much slower than its profile; after some steps it is an outlier.
-        if self.measured > 20 && !(1.0 / OUTLIER..=OUTLIER).contains(&ratio) {
+        let most = if self.measured > 20 { OUTLIER } else { ABSURD };
+        if !(1.0 / most..=most).contains(&ratio) {
             return false;
         }
         self.measured += 1;

@@ -146,7 +146,7 @@ impl Cost {
             true => pace::Budget::Slack(c.prompt_budget),
             false => pace::Budget::Tokens(c.prompt_budget),
         };
-        let most = pace::step_most(request.token_seconds, request.expected());
+        let most = pace::step_most(request.token_target(), request.expected());
         pace::prompt_share(model, budget, most, decodes, c.decode_tokens as f64)
     }
 
@@ -167,7 +167,7 @@ impl Cost {
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
         let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
-        terms.first_token_loss = self.tuning.miss_seconds * self.miss(first, request.first_token_seconds);
+        terms.first_token_loss = self.tuning.miss_seconds * self.miss(first, request.first_token_target());
         if c.role == Role::Decode {
             terms.role = self.tuning.prefill_on_decode_seconds;
         }
@@ -220,7 +220,7 @@ impl Cost {
         let after = model.step(rows + 1.0, 0.0, context + own);
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
-        let target = request.token_seconds;
+        let target = request.token_target();
         let missed = self.miss(after, target);
         terms.token_loss = lost * missed + after;
         if rows > 0.0 {
@@ -252,7 +252,7 @@ impl Cost {
 
     fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
         let mut terms = p.terms;
-        let target = request.token_seconds;
+        let target = request.token_target();
         if p.at != d.at {
             let from = &candidates[p.at];
             let seconds = from.link_to(&candidates[d.at]).seconds(f64::from(request.prompt_tokens));
@@ -280,64 +280,60 @@ impl Cost {
         for entry in request.held.iter().filter(|entry| entry.candidate < candidates.len()).rev() {
             held[entry.candidate] = Some(entry);
         }
-        let able = |(_, c): &(usize, &Candidate)| c.role != Role::Encode;
-        let prefills: Vec<PrefillPart> = candidates
-            .iter()
-            .enumerate()
-            .filter(able)
-            .map(|(at, c)| self.prefill_part(at, c, request, held[at], best))
-            .collect();
-        let decodes: Vec<DecodePart> = candidates
-            .iter()
-            .enumerate()
-            .filter(able)
-            .map(|(at, c)| self.decode_part(at, c, request))
-            .collect();
+        // Costs of all, but whole parts of the few only: those of thousands would be a lot to write down.
+        let prefill = |at: usize| self.prefill_part(at, &candidates[at], request, held[at], best);
+        let decode = |at: usize| self.decode_part(at, &candidates[at], request);
+        let able: Vec<usize> =
+            (0..candidates.len()).filter(|&at| candidates[at].role != Role::Encode).collect();
+        let prefills: Vec<f64> = able.iter().map(|&at| prefill(at).cost).collect();
+        let decodes: Vec<f64> = able.iter().map(|&at| decode(at).cost).collect();
         let few = self.tuning.few.max(1);
-        let by_prefill = smallest(few, prefills.iter().map(|p| p.cost));
-        let by_decode = smallest(few, decodes.iter().map(|d| d.cost));
-        let mut pairs = Vec::with_capacity(few * few + 16);
-        for &p in &by_prefill {
-            pairs.extend(by_decode.iter().map(|&d| (prefills[p], decodes[d])));
+        let by_prefill = smallest(few, prefills.iter().copied()).into_iter().map(|i| prefill(able[i]));
+        let by_decode: Vec<DecodePart> =
+            smallest(few, decodes.iter().copied()).into_iter().map(|i| decode(able[i])).collect();
+        let mut pairs = Vec::with_capacity(by_decode.len() * by_decode.len() + 16);
+        for p in by_prefill {
+            pairs.extend(by_decode.iter().map(|d| (p, *d)));
         }
         // The best that stays where it is: nothing travels.
-        let local = smallest(few, prefills.iter().zip(&decodes).map(|(p, d)| p.cost + d.cost));
-        pairs.extend(local.into_iter().map(|i| (prefills[i], decodes[i])));
-        self.add_near(&mut pairs, &prefills, &decodes, request, candidates);
-        (pairs, prefills.len())
+        let local = smallest(few, prefills.iter().zip(&decodes).map(|(p, d)| p + d));
+        pairs.extend(local.into_iter().map(|i| (prefill(able[i]), decode(able[i]))));
+        if candidates.iter().any(|c| !c.near.is_empty()) {
+            let near = self.near(&pairs, (&able, &prefills, &decodes), request, candidates);
+            pairs.extend(near.into_iter().map(|(p, d)| (prefill(p), decode(d))));
+        }
+        (pairs, able.len())
     }
 
-    /// Pairs with a link of their own, as far as one may be cheaper than all pairs so far: a route costs at least
-    /// what its ends and its link do.
-    fn add_near(
+    /// Pairs with a link of their own, as far as one may be cheaper than all `pairs`: a route costs at least what
+    /// its ends and its link do. Of those who are able, the parts' costs are given in the same order.
+    fn near(
         &self,
-        pairs: &mut Vec<(PrefillPart, DecodePart)>,
-        prefills: &[PrefillPart],
-        decodes: &[DecodePart],
+        pairs: &[(PrefillPart, DecodePart)],
+        (able, prefills, decodes): (&[usize], &[f64], &[f64]),
         request: &Request,
         candidates: &[Candidate],
-    ) {
-        if candidates.iter().all(|c| c.near.is_empty()) {
-            return;
-        }
-        let cost = |p: &PrefillPart, d: &DecodePart| self.join(p, d, request, candidates).sum();
-        let mut cheapest = pairs.iter().map(|(p, d)| cost(p, d)).fold(f64::INFINITY, f64::min);
-        let least = decodes.iter().map(|d| d.cost).fold(f64::INFINITY, f64::min);
-        let mut by_name: HashMap<&WorkerId, &DecodePart> = HashMap::new();
-        for p in prefills {
-            for (worker, link) in &candidates[p.at].near {
-                if p.cost + least + link.seconds(f64::from(request.prompt_tokens)) > cheapest {
+    ) -> Vec<(usize, usize)> {
+        let costs = pairs.iter().map(|(p, d)| self.join(p, d, request, candidates).sum());
+        let cheapest = costs.fold(f64::INFINITY, f64::min);
+        let least = decodes.iter().copied().fold(f64::INFINITY, f64::min);
+        let mut by_name: HashMap<&WorkerId, usize> = HashMap::new();
+        let mut found = Vec::new();
+        for (&p, cost) in able.iter().zip(prefills) {
+            for (worker, link) in &candidates[p].near {
+                let at_least = cost + link.seconds(f64::from(request.prompt_tokens));
+                if at_least + least > cheapest {
                     continue;
                 }
                 if by_name.is_empty() {
-                    by_name.extend(decodes.iter().rev().map(|d| (&candidates[d.at].worker, d)));
+                    by_name.extend(able.iter().enumerate().rev().map(|(i, &d)| (&candidates[d].worker, i)));
                 }
-                if let Some(d) = by_name.get(worker) {
-                    pairs.push((*p, **d));
-                    cheapest = cheapest.min(cost(p, d));
+                if let Some(&i) = by_name.get(worker).filter(|&&i| at_least + decodes[i] <= cheapest) {
+                    found.push((p, able[i]));
                 }
             }
         }
+        found
     }
 
     /// Every pair of candidates, for tests: `choose` looks at few of them.

@@ -28,7 +28,7 @@ impl Policy for LeastLoaded {
                     let sequences = u64::from(c.in_flight.max(c.running.saturating_add(c.waiting)));
                     let tokens = c.waiting_tokens.saturating_add(sequences * TOKENS_PER_SEQUENCE);
                     // KV in use breaks ties only.
-                    tokens.saturating_mul(128) + (c.kv_usage.clamp(0.0, 1.0) * 100.0) as u64
+                    tokens.saturating_mul(128).saturating_add((c.kv_usage.clamp(0.0, 1.0) * 100.0) as u64)
                 }
             }
         };

@@ -1,0 +1,95 @@
+//! What `cost` loses by weighing the few best of each side, and pairs with a link of their own, instead of all.
+
+use proptest::prelude::*;
+use tandem_placement::cost::Cost;
+use tandem_placement::predictor::PROFILES;
+use tandem_placement::{Candidate, Held, Link, Policy, Request, Tier};
+use tandem_types::{Role, WorkerId};
+
+fn name(n: usize) -> WorkerId {
+    format!("w-{n}").as_str().into()
+}
+
+/// Clusters as they are: several devices, any split of roles, some busy, links that differ, some neighbours.
+fn candidates() -> impl Strategy<Value = Vec<Candidate>> {
+    let load = (0.0..2.0f64, 0..200u32, 0..400_000u64);
+    let one = (0..3usize, 0..PROFILES.len(), load, 0..3i32, prop::collection::vec(0..40usize, 0..3));
+    prop::collection::vec(one, 1..40).prop_map(|all| {
+        let made = all.into_iter().enumerate().map(|(n, (role, profile, load, slower, near))| {
+            let fast = Link { setup_seconds: 20e-6, tokens_per_second: 1.4e6 };
+            let rate = Link::default().tokens_per_second / f64::from(1 << slower);
+            Candidate {
+                worker: name(n),
+                role: [Role::Prefill, Role::Decode, Role::Mixed][role],
+                model: Some(PROFILES[profile].step),
+                queue_seconds: load.0,
+                timely_seconds: load.0,
+                decodes: load.1,
+                decode_tokens: if load.1 > 0 { load.2 } else { 0 },
+                kv_tokens: PROFILES[profile].kv_tokens,
+                paced: profile % 2 == 0,
+                link: Link { tokens_per_second: rate, ..Link::default() },
+                near: near.into_iter().filter(|other| *other != n).map(|other| (name(other), fast)).collect(),
+                ..Candidate::default()
+            }
+        });
+        made.collect()
+    })
+}
+
+fn request() -> impl Strategy<Value = Request> {
+    let held = prop::collection::vec((0..40usize, 0..30_000u32), 0..6);
+    (1..32_768u32, 1..1_000u32, 0.1..10.0f64, 0.01..0.2f64, held).prop_map(
+        |(prompt_tokens, max_tokens, first_token_seconds, token_seconds, held)| {
+            let held = held.into_iter().map(|(candidate, tokens)| {
+                let tokens = tokens.min(prompt_tokens);
+                Held { candidate, device_tokens: tokens, tokens, tier: Tier::Device }
+            });
+            let held = held.collect();
+            Request {
+                prompt_tokens,
+                max_tokens,
+                first_token_seconds,
+                token_seconds,
+                held,
+                ..Request::default()
+            }
+        },
+    )
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 1_000, failure_persistence: None, ..ProptestConfig::default() })]
+
+    /// Parts are chosen without the way between them: what is lost is never more than the way that was taken.
+    #[test]
+    fn the_few_best_lose_no_more_than_the_way_that_was_taken(candidates in candidates(), request in request()) {
+        let cost = Cost::default();
+        let (_, few) = cost.cheapest(&request, &candidates).expect("all can do it");
+        let (_, all) = cost.full_search(&request, &candidates).expect("all can do it");
+        let taken = cost.explain(&request, &candidates).considered[0].terms.transfer;
+        prop_assert!(all <= few, "all {all}, few {few}");
+        prop_assert!(few <= all + taken + 1e-9, "all {all}, few {few}, of which {taken} for the way");
+    }
+}
+
+#[test]
+fn the_few_best_are_hardly_ever_not_the_best_of_all() {
+    use proptest::strategy::ValueTree;
+    use proptest::test_runner::{Config, RngAlgorithm, TestRng, TestRunner};
+    let seed = TestRng::deterministic_rng(RngAlgorithm::ChaCha);
+    let mut runner =
+        TestRunner::new_with_rng(Config { failure_persistence: None, ..Config::default() }, seed);
+    let (cost, mut worse, mut lost) = (Cost::default(), 0, 0.0);
+    for _ in 0..2_000 {
+        let tree = (candidates(), request()).new_tree(&mut runner).expect("nothing is filtered");
+        let (candidates, request) = tree.current();
+        let (_, few) = cost.cheapest(&request, &candidates).expect("all can do it");
+        let (_, all) = cost.full_search(&request, &candidates).expect("all can do it");
+        worse += usize::from(few > all + 1e-6);
+        lost += few / all - 1.0;
+    }
+    println!("{worse} of 2,000 choices cost more, {:.4} % on average", lost / 20.0);
+    assert!(worse <= 20, "{worse} of 2,000 choices cost more");
+    assert!(lost / 2_000.0 < 1e-3, "{lost}");
+}
