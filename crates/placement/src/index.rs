@@ -65,6 +65,8 @@ const PLACE_BYTES: usize = size_of::<Place>() + 1;
 const LIST_BYTES: usize = 24 + 4 + 16;
 /// Bytes of a worker: its number, its name twice and its place in the map, by estimate.
 const WORKER_BYTES: usize = 256;
+/// Blocks of a prompt that are brought from memory at once.
+const AHEAD: usize = 64;
 /// How often the hand of eviction passes a block after it was last stored before it takes it.
 const LIVES: u8 = 7;
 
@@ -519,11 +521,20 @@ impl Index {
         held.collect()
     }
 
+    /// Has the memory bring the homes of these at once, for one after the other a walk would wait for each.
+    fn touch(&self, hashes: &[BlockHash]) {
+        let homes = hashes.iter().map(|&hash| &self.places[self.home(halves(hash))]);
+        std::hint::black_box(homes.fold(0, |seen, place| seen ^ place.holders[0]));
+    }
+
     /// Walks a prompt's blocks beside those who hold them all.
     fn leads(&self, hashes: &[BlockHash]) -> Vec<Lead> {
         let (mut open, mut done): (Vec<Lead>, Vec<Lead>) = (Vec::new(), Vec::new());
         let mut before: &[Holder] = &[];
         for (at, &hash) in (0u32..).zip(hashes) {
+            if (at as usize).is_multiple_of(AHEAD) {
+                self.touch(&hashes[at as usize..hashes.len().min(at as usize + AHEAD)]);
+            }
             let holders = self.holders(self.find(halves(hash)));
             if at == 0 {
                 let lead = |&holder| Lead { holder, tiers: 0, device_blocks: u32::MAX, blocks: u32::MAX };
