@@ -118,6 +118,7 @@ pub struct Index {
     members: BTreeMap<WorkerId, Member>,
     starts: Vec<Start>,
     free_numbers: Vec<usize>,
+    version: u64,
     /// Where eviction goes on.
     hand: usize,
     evicted: u64,
@@ -150,6 +151,7 @@ impl Index {
             members: BTreeMap::new(),
             starts: Vec::new(),
             free_numbers: Vec::new(),
+            version: 0,
             hand: 0,
             evicted: 0,
         }
@@ -205,6 +207,7 @@ impl Index {
             }
             None => return Err(Refused::TooManyWorkers),
         };
+        self.version += 1;
         self.members.insert(worker.clone(), Member { incarnation, number, sequence });
         for (tier, hash) in blocks {
             self.store(number, tier, hash);
@@ -243,6 +246,7 @@ impl Index {
     /// A worker is gone, or this start of it is over.
     pub fn forget(&mut self, worker: &WorkerId) {
         let Some(member) = self.members.remove(worker) else { return };
+        self.version += 1;
         let start = &mut self.starts[member.number];
         start.name = None;
         if start.pairs == 0 {
@@ -493,15 +497,19 @@ impl Index {
         found.into_iter().map(|(_, found)| found).collect()
     }
 
-    /// The number by which `held` names a worker that is known.
+    /// The number by which `held` names a worker that is known, while `version` stays.
     pub fn number(&self, worker: &WorkerId) -> Option<usize> {
         self.members.get(worker).map(|member| member.number)
     }
 
+    /// Rises whenever a worker gets or loses its number.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     /// The same for a policy, in no particular order: prefixes in tokens of blocks of `block_tokens`, held by the
-    /// candidates that `candidate` knows this start of a worker as. Names are neither cloned nor looked up, for
-    /// there may be thousands: a worker's number is given too, which is its own while this start lives and may be
-    /// another's later, so that a map by number has to compare the name.
+    /// candidates that `candidate` knows this start of a worker as. It is given a number too, for there may be
+    /// thousands and looking up names takes long: a map by number is right as long as `version` is what it was.
     pub fn held(
         &self,
         hashes: &[BlockHash],
@@ -521,10 +529,14 @@ impl Index {
         held.collect()
     }
 
-    /// Has the memory bring the homes of these at once, for one after the other a walk would wait for each.
+    /// Has the memory bring the homes of these and what follows them at once; a walk would wait for each.
     fn touch(&self, hashes: &[BlockHash]) {
-        let homes = hashes.iter().map(|&hash| &self.places[self.home(halves(hash))]);
-        std::hint::black_box(homes.fold(0, |seen, place| seen ^ place.holders[0]));
+        let seen = hashes.iter().fold(0, |seen, &hash| {
+            let home = self.home(halves(hash));
+            let next = (home + 1) & self.mask();
+            seen ^ self.places[home].hash[0] ^ u64::from(self.places[next].holders[1])
+        });
+        std::hint::black_box(seen);
     }
 
     /// Walks a prompt's blocks beside those who hold them all.
