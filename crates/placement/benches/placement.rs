@@ -272,7 +272,7 @@ fn decide(
     cost.choose(&request(held), candidates).expect("all can do it")
 }
 
-fn goals(filled: &mut Filled, prompts: &[Vec<BlockHash>]) {
+fn goals(filled: &Filled, prompts: &[Vec<BlockHash>]) {
     let cost = Cost::default();
     for (what, near, times) in [("decision", false, 20_000), ("decision, seven near links each", true, 5_000)]
     {
@@ -321,11 +321,28 @@ fn events(n: u64) -> (usize, Change) {
     )
 }
 
+/// The most bytes that so many pairs can take: every block has one holder.
+fn distinct() {
+    let (before, mut index) = (ALLOCATED.load(Relaxed), Index::new(1_000_000_000));
+    PEAK.store(before, Relaxed);
+    let blocks = (0..PAIRS as u64).map(|n| (Tier::Device, block(n >> 16, COMMON_BLOCKS + n % (1 << 16))));
+    index.snapshot(&name(0), START, 0, blocks).expect("one worker");
+    let bytes = |now: &AtomicUsize| now.load(Relaxed).saturating_sub(before) as f64;
+    println!(
+        "index of distinct blocks: {} pairs in {:.0} MB ({:.1} bytes each, {:.0} MB at most while it grows)",
+        index.len(),
+        bytes(&ALLOCATED) / 1e6,
+        bytes(&ALLOCATED) / index.len() as f64,
+        bytes(&PEAK) / 1e6
+    );
+}
+
 fn main() {
     let mut criterion = Criterion::default().sample_size(20).configure_from_args();
+    distinct();
     let mut filled = fill();
     let prompts = prompts();
-    goals(&mut filled, &prompts);
+    goals(&filled, &prompts);
 
     let (cost, candidates) = (Cost::default(), cluster(false));
     let numbers = Numbers::of(&filled.index, &candidates);
