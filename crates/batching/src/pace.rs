@@ -59,6 +59,7 @@ const HANDOFF_SECONDS: f64 = 5e-3;
 /// The first gap of such an answer holds the hand-off and the rest of the step that is under way. Only later
 /// tokens, each faster than its target, make up for it; of answers whose length is as good as random, few may
 /// be too short for that.
+#[inline]
 pub fn step_most(token_seconds: f64, expected_tokens: f64) -> f64 {
     let tokens = TOO_SHORT * expected_tokens.max(1.0);
     let most = (tokens * token_seconds - HANDOFF_SECONDS) / (tokens + 0.5);
@@ -112,6 +113,7 @@ pub struct Forecast {
 
 /// The share of its time that a worker gives to prompts while some wait, beside `rows` decodes over `context`
 /// tokens. `step_most` bounds its steps where slack does.
+#[inline]
 pub fn prompt_share(model: &StepTime, budget: Budget, step_most: f64, rows: u32, context: f64) -> f64 {
     if rows == 0 {
         return 1.0;

@@ -239,37 +239,41 @@ fn timed<T>(times: usize, mut work: impl FnMut(usize) -> T) -> Vec<Took> {
     (0..times).map(one).collect()
 }
 
-/// What a router keeps beside its view: the candidate that each number of the index is.
-fn by_number(index: &Index, candidates: &[Candidate]) -> Vec<usize> {
-    let mut numbers = vec![usize::MAX; candidates.len()];
-    for (at, candidate) in candidates.iter().enumerate() {
-        numbers[index.number(&candidate.worker).expect("all have reported")] = at;
+/// What a router keeps beside its view: the candidate that each number of the index is, for one version of it.
+struct Numbers {
+    version: u64,
+    candidates: Vec<Option<usize>>,
+}
+
+impl Numbers {
+    fn of(index: &Index, candidates: &[Candidate]) -> Numbers {
+        let mut numbers = vec![None; candidates.len()];
+        for (at, candidate) in candidates.iter().enumerate() {
+            numbers[index.number(&candidate.worker).expect("all have reported")] = Some(at);
+        }
+        Numbers { version: index.version(), candidates: numbers }
     }
-    numbers
 }
 
 /// One decision, whole.
 fn decide(
     index: &Index,
     cost: &Cost,
-    numbers: &[usize],
+    numbers: &Numbers,
     candidates: &[Candidate],
     prompt: &[BlockHash],
 ) -> Route {
-    let known = |number: usize, worker: &WorkerId, _| {
-        let at = numbers.get(number).copied()?;
-        (candidates.get(at)?.worker == *worker).then_some(at)
-    };
-    let held = index.held(prompt, BLOCK_TOKENS, known);
+    assert_eq!(index.version(), numbers.version, "nobody comes or goes here");
+    let held = index.held(prompt, BLOCK_TOKENS, |number, _, _| numbers.candidates[number]);
     cost.choose(&request(held), candidates).expect("all can do it")
 }
 
-fn goals(filled: &mut Filled, prompts: &[Vec<BlockHash>]) {
+fn goals(filled: &Filled, prompts: &[Vec<BlockHash>]) {
     let cost = Cost::default();
     for (what, near, times) in [("decision", false, 20_000), ("decision, seven near links each", true, 5_000)]
     {
         let candidates = cluster(near);
-        let numbers = by_number(&filled.index, &candidates);
+        let numbers = Numbers::of(&filled.index, &candidates);
         let one = |n: usize| decide(&filled.index, &cost, &numbers, &candidates, &prompts[n % prompts.len()]);
         let fast = quantiles(what, timed(times, one));
         let naive = |n: usize| {
@@ -313,14 +317,31 @@ fn events(n: u64) -> (usize, Change) {
     )
 }
 
+/// The most bytes that so many pairs can take: every block has one holder.
+fn distinct() {
+    let (before, mut index) = (ALLOCATED.load(Relaxed), Index::new(1_000_000_000));
+    PEAK.store(before, Relaxed);
+    let blocks = (0..PAIRS as u64).map(|n| (Tier::Device, block(n >> 16, COMMON_BLOCKS + n % (1 << 16))));
+    index.snapshot(&name(0), START, 0, blocks).expect("one worker");
+    let bytes = |now: &AtomicUsize| now.load(Relaxed).saturating_sub(before) as f64;
+    println!(
+        "index of distinct blocks: {} pairs in {:.0} MB ({:.1} bytes each, {:.0} MB at most while it grows)",
+        index.len(),
+        bytes(&ALLOCATED) / 1e6,
+        bytes(&ALLOCATED) / index.len() as f64,
+        bytes(&PEAK) / 1e6
+    );
+}
+
 fn main() {
     let mut criterion = Criterion::default().sample_size(20).configure_from_args();
+    distinct();
     let mut filled = fill();
     let prompts = prompts();
-    goals(&mut filled, &prompts);
+    goals(&filled, &prompts);
 
     let (cost, candidates) = (Cost::default(), cluster(false));
-    let numbers = by_number(&filled.index, &candidates);
+    let numbers = Numbers::of(&filled.index, &candidates);
     let mut n = 0;
     criterion.bench_function("decision at 1,000 workers and 1,024 blocks", |bencher| {
         bencher.iter(|| {

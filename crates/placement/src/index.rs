@@ -65,6 +65,8 @@ const PLACE_BYTES: usize = size_of::<Place>() + 1;
 const LIST_BYTES: usize = 24 + 4 + 16;
 /// Bytes of a worker: its number, its name twice and its place in the map, by estimate.
 const WORKER_BYTES: usize = 256;
+/// Blocks of a prompt that are brought from memory at once.
+const AHEAD: usize = 64;
 /// How often the hand of eviction passes a block after it was last stored before it takes it.
 const LIVES: u8 = 7;
 
@@ -116,6 +118,7 @@ pub struct Index {
     members: BTreeMap<WorkerId, Member>,
     starts: Vec<Start>,
     free_numbers: Vec<usize>,
+    version: u64,
     /// Where eviction goes on.
     hand: usize,
     evicted: u64,
@@ -148,6 +151,7 @@ impl Index {
             members: BTreeMap::new(),
             starts: Vec::new(),
             free_numbers: Vec::new(),
+            version: 0,
             hand: 0,
             evicted: 0,
         }
@@ -203,6 +207,7 @@ impl Index {
             }
             None => return Err(Refused::TooManyWorkers),
         };
+        self.version += 1;
         self.members.insert(worker.clone(), Member { incarnation, number, sequence });
         for (tier, hash) in blocks {
             self.store(number, tier, hash);
@@ -241,6 +246,7 @@ impl Index {
     /// A worker is gone, or this start of it is over.
     pub fn forget(&mut self, worker: &WorkerId) {
         let Some(member) = self.members.remove(worker) else { return };
+        self.version += 1;
         let start = &mut self.starts[member.number];
         start.name = None;
         if start.pairs == 0 {
@@ -491,15 +497,19 @@ impl Index {
         found.into_iter().map(|(_, found)| found).collect()
     }
 
-    /// The number by which `held` names a worker that is known.
+    /// The number by which `held` names a worker that is known, while `version` stays.
     pub fn number(&self, worker: &WorkerId) -> Option<usize> {
         self.members.get(worker).map(|member| member.number)
     }
 
+    /// Rises whenever a worker gets or loses its number.
+    pub fn version(&self) -> u64 {
+        self.version
+    }
+
     /// The same for a policy, in no particular order: prefixes in tokens of blocks of `block_tokens`, held by the
-    /// candidates that `candidate` knows this start of a worker as. Names are neither cloned nor looked up, for
-    /// there may be thousands: a worker's number is given too, which is its own while this start lives and may be
-    /// another's later, so that a map by number has to compare the name.
+    /// candidates that `candidate` knows this start of a worker as. It is given a number too, for there may be
+    /// thousands and looking up names takes long: a map by number is right as long as `version` is what it was.
     pub fn held(
         &self,
         hashes: &[BlockHash],
@@ -519,11 +529,24 @@ impl Index {
         held.collect()
     }
 
+    /// Has the memory bring the homes of these and what follows them at once; a walk would wait for each.
+    fn touch(&self, hashes: &[BlockHash]) {
+        let seen = hashes.iter().fold(0, |seen, &hash| {
+            let home = self.home(halves(hash));
+            let next = (home + 1) & self.mask();
+            seen ^ self.places[home].hash[0] ^ u64::from(self.places[next].holders[1])
+        });
+        std::hint::black_box(seen);
+    }
+
     /// Walks a prompt's blocks beside those who hold them all.
     fn leads(&self, hashes: &[BlockHash]) -> Vec<Lead> {
         let (mut open, mut done): (Vec<Lead>, Vec<Lead>) = (Vec::new(), Vec::new());
         let mut before: &[Holder] = &[];
         for (at, &hash) in (0u32..).zip(hashes) {
+            if (at as usize).is_multiple_of(AHEAD) {
+                self.touch(&hashes[at as usize..hashes.len().min(at as usize + AHEAD)]);
+            }
             let holders = self.holders(self.find(halves(hash)));
             if at == 0 {
                 let lead = |&holder| Lead { holder, tiers: 0, device_blocks: u32::MAX, blocks: u32::MAX };

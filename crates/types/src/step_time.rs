@@ -22,6 +22,7 @@ pub struct StepTime {
 }
 
 /// Attention pairs of a chunk of `tokens` behind `before` computed tokens.
+#[inline]
 pub fn attention_pairs(tokens: u32, before: u32) -> f64 {
     let (n, before) = (f64::from(tokens), f64::from(before));
     n * n / 2.0 + n * before
@@ -41,6 +42,7 @@ impl StepTime {
     }
 
     /// Seconds of one step.
+    #[inline]
     pub fn step(&self, new_tokens: f64, pairs: f64, context: f64) -> f64 {
         (self.b0 + self.b1 * new_tokens).max(self.a0 + self.a1 * new_tokens)
             + self.a2 * pairs
@@ -49,6 +51,7 @@ impl StepTime {
 
     /// Seconds to compute `tokens` of a prompt behind `before` others, in steps of `chunk` tokens that it shares
     /// with other prompts: its own work and its part of what every step costs.
+    #[inline]
     pub fn prefill(&self, tokens: u32, before: u32, chunk: u32) -> f64 {
         let n = f64::from(tokens);
         self.a0 * n / f64::from(chunk.max(1)) + self.a1 * n + self.a2 * attention_pairs(tokens, before)

@@ -199,8 +199,10 @@ impl Cost {
         };
         if let Some(held) = held {
             consider(0.0, held.device_tokens);
-            let lower = f64::from(held.tokens.saturating_sub(held.device_tokens));
-            consider(held.tier.link().seconds(lower), held.tokens);
+            let lower = held.tokens.saturating_sub(held.device_tokens);
+            if lower > 0 {
+                consider(held.tier.link().seconds(f64::from(lower)), held.tokens);
+            }
         }
         if let Some(best) = best.filter(|_| self.tuning.peer_pulls) {
             let own = held.map_or(0, |held| held.device_tokens);
@@ -320,6 +322,9 @@ impl Cost {
         let mut by_name: HashMap<&WorkerId, usize> = HashMap::new();
         let mut found = Vec::new();
         for (&p, cost) in able.iter().zip(prefills) {
+            if cost + least > cheapest {
+                continue;
+            }
             for (worker, link) in &candidates[p].near {
                 let at_least = cost + link.seconds(f64::from(request.prompt_tokens));
                 if at_least + least > cheapest {
