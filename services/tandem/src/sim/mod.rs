@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 use tandem_batching::pace::Order;
+use tandem_chassis::config::Slo;
 use tandem_placement::predictor;
 use tandem_simulator::scenario::{self, Scenario};
 use tandem_simulator::{Batching, Offline, Options};
@@ -88,7 +89,7 @@ pub struct SimConfig {
     bias: f64,
     /// Targets
     #[arg(long, default_value = "ttft=1s,tpot=50ms")]
-    slo: String,
+    slo: Slo,
     /// Names the draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -190,7 +191,6 @@ fn scenario(config: &SimConfig) -> Result<Scenario, String> {
 
 /// What the flags say of the cluster; the split is the runs' own.
 fn options(config: &SimConfig) -> Result<Options, String> {
-    let (first_token, per_token) = slo(&config.slo)?;
     let order = match config.order.as_str() {
         "deadline" => Order::Deadline,
         "arrival" => Order::Arrival,
@@ -224,8 +224,8 @@ fn options(config: &SimConfig) -> Result<Options, String> {
         policy: config.policy.clone(),
         order,
         planner,
-        first_token,
-        per_token,
+        first_token: config.slo.ttft,
+        per_token: config.slo.tpot,
         cache: config.cache_tokens.as_deref().map_or(Ok(Default::default()), cache)?,
         peer_pulls: on_or_off("peer-pulls", &config.peer_pulls)?,
         shared_links,
@@ -262,36 +262,12 @@ fn cache(text: &str) -> Result<tandem_simulator::cache::Sizes, String> {
     Ok(sizes)
 }
 
-fn slo(text: &str) -> Result<(Duration, Duration), String> {
-    let wrong = || format!("--slo {text:?} must be such as ttft=1s,tpot=50ms");
-    let (mut first, mut token) = (None, None);
-    for part in text.split(',') {
-        let (name, value) = part.split_once('=').ok_or_else(wrong)?;
-        let (number, unit) = match value.strip_suffix("ms") {
-            Some(number) => (number, 1e-3),
-            None => (value.strip_suffix('s').ok_or_else(wrong)?, 1.0),
-        };
-        let seconds = number.parse::<f64>().ok().filter(|s| s.is_finite() && *s > 0.0).ok_or_else(wrong)?;
-        let time = Duration::from_secs_f64(seconds * unit);
-        match name {
-            "ttft" => first = Some(time),
-            "tpot" => token = Some(time),
-            _ => return Err(wrong()),
-        }
-    }
-    Ok((first.ok_or_else(wrong)?, token.ok_or_else(wrong)?))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn targets_and_caches_are_read_or_refused_with_the_right_form() {
-        assert_eq!(slo("ttft=1s,tpot=50ms"), Ok((Duration::from_secs(1), Duration::from_millis(50))));
-        for wrong in ["ttft=1s", "ttft=1,tpot=2ms", "ttft=-1s,tpot=2ms", "x"] {
-            assert!(slo(wrong).expect_err(wrong).contains("ttft=1s,tpot=50ms"));
-        }
+    fn caches_are_read_or_refused_with_the_right_form() {
         let sizes = cache("device=700000,host=3e6").expect("is right");
         assert_eq!((sizes.device_tokens, sizes.host_tokens), (700_000, 3_000_000));
         assert!(cache("disk=1").expect_err("is wrong").contains("device and host"));
