@@ -347,6 +347,15 @@ impl Cost {
         everything.cheapest(request, candidates)
     }
 
+    /// What one route costs, for tests.
+    pub fn terms(&self, request: &Request, candidates: &[Candidate], route: Route) -> Terms {
+        let held = request.held.iter().find(|held| held.candidate == route.prefill);
+        let best = Bring::best(request, candidates);
+        let prefill = self.prefill_part(route.prefill, &candidates[route.prefill], request, held, best);
+        let decode = self.decode_part(route.decode, &candidates[route.decode], request);
+        self.join(&prefill, &decode, request, candidates)
+    }
+
     /// The cheapest route and its cost. Requests take turns among routes that cost the same by and large, or one
     /// worker would do everything while little is asked for, and a new one nothing.
     pub fn cheapest(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
