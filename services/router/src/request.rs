@@ -39,6 +39,8 @@ pub struct GenerateRequest {
     pub traceparent: Option<String>,
     /// What it has to do with the other choices of its prompt.
     pub share: PromptShare,
+    /// The prompt's own log probabilities are wanted, and so many of the likeliest tokens at each position.
+    pub score_prompt: Option<u32>,
 }
 
 /// The choices of one prompt: one leads, and the others start when somebody holds what it has computed.
@@ -81,6 +83,9 @@ pub struct Route {
 pub enum GenerateEvent {
     /// Where it went; before the first token.
     Routed(Route),
+    /// The prompt's tokens with their log probabilities, if they were wanted; before the first token. The first has
+    /// none: nothing stands before it.
+    Scored(Vec<Sampled>),
     /// A token.
     Token {
         /// Its index in the answer.

@@ -8,13 +8,14 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Extension, Json, Router};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use tandem_chassis::seam;
 use tandem_types::{Sampled, TokenId};
 
-use super::answer::{Answer, Collected, Finish, Piece, ids, json_logprob};
+use super::answer::{Answer, Finish, Piece, StopReason, Usage, ids, json_logprob};
 use super::error::ApiError;
-use super::fields::{Fields, wrong_type};
+use super::fields::{self, Fields, Kind, Raw, kind};
 use super::parameters::Parameters;
 use super::sse::{self, Chunks};
 use super::{App, RequestName, read_body};
@@ -23,6 +24,9 @@ use crate::text::{Message, Model};
 
 /// What a model's version is known by to clients that compare seeds.
 pub(super) const FINGERPRINT: &str = concat!("tandem-", env!("CARGO_PKG_VERSION"));
+
+/// Messages of a chat at most.
+const MESSAGES_MAX: usize = 16_384;
 
 /// Roles a message may have; the template may know fewer.
 const ROLES: [&str; 6] = ["system", "developer", "user", "assistant", "tool", "function"];
@@ -37,15 +41,19 @@ async fn chat(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut fields = read_body(&app, &headers, body).await?;
+    let body = read_body(&app, &headers, body).await?;
+    let mut fields = Fields::parse(&body)?;
     let logprobs = take_logprobs(&mut fields)?;
-    let names = ["max_completion_tokens", "max_tokens"];
-    let parameters = Parameters::take(&mut fields, &app.model, &names, logprobs)?;
-    let messages = take_messages(&mut fields)?;
-    let add_generation_prompt = fields.bool("add_generation_prompt")?.unwrap_or(true);
-    let extra = fields.object("chat_template_kwargs")?.map(Fields::into_map).unwrap_or_default();
-    let prompt = encode(&app.model, messages, add_generation_prompt, extra).await?;
-    let answer = Answer::begin(&app, &name, &headers, vec![prompt], &parameters, "messages").await?;
+    let limits = [("max_completion_tokens", 1), ("max_tokens", 1)];
+    let parameters = Parameters::take(&mut fields, &app.model, &limits, logprobs)?;
+    if fields.has("best_of") {
+        return Err(ApiError::unsupported("best_of", "best_of is for /v1/completions"));
+    }
+    let chat = Chat::take(&mut fields, &app.model)?;
+    drop(fields);
+    drop(body);
+    let prompt = encode(&app.model, chat).await?;
+    let answer = Answer::begin(&app, &name, &headers, vec![prompt], None, &parameters, "messages").await?;
 
     let writer = Writer {
         id: format!("chatcmpl-{}", name.0),
@@ -84,78 +92,117 @@ fn take_logprobs(fields: &mut Fields) -> Result<Option<u32>, ApiError> {
     Ok(wanted.then_some(top.unwrap_or(0) as u32))
 }
 
+/// What a chat template is given.
+pub(super) struct Chat {
+    messages: Vec<Message>,
+    add_generation_prompt: bool,
+    extra: Map<String, Value>,
+}
+
+impl Chat {
+    pub(super) fn take(fields: &mut Fields, model: &Model) -> Result<Chat, ApiError> {
+        if fields.has("chat_template") {
+            let message = "chat_template is not taken from requests; the model has its own";
+            return Err(ApiError::unsupported("chat_template", message));
+        }
+        let messages = take_messages(fields)?;
+        let bytes = messages.iter().map(|message| message.content.len()).sum();
+        check_bytes("messages", bytes, model)?;
+        Ok(Chat {
+            messages,
+            add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
+            extra: fields.map("chat_template_kwargs")?.unwrap_or_default(),
+        })
+    }
+}
+
+/// Refuses what is longer than any tokens of the context can be, before anybody tokenizes it.
+pub(super) fn check_bytes(param: &str, bytes: usize, model: &Model) -> Result<(), ApiError> {
+    let context = model.context_tokens;
+    match model.text_bytes_max() {
+        Some(most) if bytes > most => {
+            let message =
+                format!("the context is {context} tokens, and {bytes} bytes are more than that; shorten it");
+            Err(ApiError::context_length(param, message))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn take_messages(fields: &mut Fields) -> Result<Vec<Message>, ApiError> {
-    let messages = match fields.take("messages") {
-        None => return Err(ApiError::invalid("messages", "messages is missing")),
-        Some(Value::Array(messages)) => messages,
-        Some(other) => return Err(wrong_type("messages", "a list of messages", &other)),
-    };
+    let list = fields.take("messages").ok_or_else(|| ApiError::invalid("messages", "messages is missing"))?;
+    let mut messages = Vec::new();
+    fields::each("messages", "a list of messages", list, |i, message| {
+        if i == MESSAGES_MAX {
+            let message = format!("messages may have {MESSAGES_MAX} messages");
+            return Err(ApiError::invalid("messages", message));
+        }
+        messages.push(read_message(i, message)?);
+        Ok(())
+    })?;
     if messages.is_empty() {
         return Err(ApiError::invalid("messages", "messages must not be empty"));
     }
-    messages.into_iter().enumerate().map(|(i, message)| read_message(i, message)).collect()
+    Ok(messages)
 }
 
-fn read_message(i: usize, message: Value) -> Result<Message, ApiError> {
+fn read_message(i: usize, message: Raw) -> Result<Message, ApiError> {
     let at = |field: &str| format!("messages[{i}].{field}");
-    let Value::Object(mut message) = message else {
-        return Err(wrong_type(&format!("messages[{i}]"), "an object", &message));
-    };
-    let role = match message.remove("role") {
-        Some(Value::String(role)) if ROLES.contains(&role.as_str()) => role,
-        Some(Value::String(role)) => {
-            let known = ROLES.join(", ");
-            return Err(ApiError::invalid(&at("role"), format!("{role:?} is not a role; known are {known}")));
-        }
-        Some(other) => return Err(wrong_type(&at("role"), "a string", &other)),
-        None => return Err(ApiError::invalid(&at("role"), format!("{} is missing", at("role")))),
-    };
-    if message.get("tool_calls").is_some_and(|calls| calls.as_array().is_none_or(|calls| !calls.is_empty())) {
+    let mut message = Fields::read(&format!("messages[{i}]"), message)?;
+    let missing = |field: &str| ApiError::invalid(&at(field), format!("{} is missing", at(field)));
+    let role = message.take("role").ok_or_else(|| missing("role"))?;
+    let role = fields::string(&at("role"), "a string", role)?;
+    if !ROLES.contains(&role.as_str()) {
+        let (said, known): (String, String) = (role.chars().take(64).collect(), ROLES.join(", "));
+        return Err(ApiError::invalid(&at("role"), format!("{said:?} is not a role; known are {known}")));
+    }
+    if let Some(calls) = message.take("tool_calls")
+        && fields::small(calls).is_none_or(|calls| calls.as_array().is_none_or(|calls| !calls.is_empty()))
+    {
         return Err(ApiError::unsupported(&at("tool_calls"), "tool calls are not supported in this version"));
     }
-    let content = match message.remove("content") {
-        Some(Value::String(text)) => text,
-        Some(Value::Array(parts)) => read_parts(i, parts)?,
-        Some(Value::Null) | None => {
-            return Err(ApiError::invalid(&at("content"), format!("{} is missing", at("content"))));
-        }
-        Some(other) => return Err(wrong_type(&at("content"), "a string or a list of parts", &other)),
+    if role == "tool" && !message.has("tool_call_id") {
+        return Err(missing("tool_call_id"));
+    }
+    let content = message.take("content").ok_or_else(|| missing("content"))?;
+    let content = match kind(content) {
+        Kind::List => read_parts(i, content)?,
+        _ => fields::string(&at("content"), "a string or a list of parts", content)?,
     };
     Ok(Message { role, content })
 }
 
-fn read_parts(i: usize, parts: Vec<Value>) -> Result<String, ApiError> {
+fn read_parts(i: usize, parts: Raw) -> Result<String, ApiError> {
     let mut text = String::new();
-    for (j, part) in parts.iter().enumerate() {
+    let wanted = "a string or a list of parts";
+    fields::each(&format!("messages[{i}].content"), wanted, parts, |j, part| {
         let at = format!("messages[{i}].content[{j}]");
-        match part["type"].as_str() {
+        let mut part = Fields::read(&at, part)?;
+        let kind = part.take("type").and_then(fields::small);
+        match kind.as_ref().and_then(Value::as_str) {
             Some("text") => {
-                let piece = part["text"].as_str();
-                text.push_str(
-                    piece.ok_or_else(|| ApiError::invalid(&at, format!("{at}.text must be a string")))?,
-                );
+                let piece = part.take("text");
+                let piece =
+                    piece.ok_or_else(|| ApiError::invalid(&at, format!("{at}.text must be a string")))?;
+                text.push_str(&fields::string(&at, "text that is a string", piece)?);
+                Ok(())
             }
             Some(other) => {
                 let message =
                     format!("content of type {other:?} is not supported in this version; it has text");
-                return Err(ApiError::unsupported(&at, message));
+                Err(ApiError::unsupported(&at, message))
             }
-            None => return Err(ApiError::invalid(&at, format!("{at} needs a type, such as text"))),
+            None => Err(ApiError::invalid(&at, format!("{at} needs a type, such as text"))),
         }
-    }
+    })?;
     Ok(text)
 }
 
 /// Long chats are tokenized off the network threads.
-async fn encode(
-    model: &Arc<Model>,
-    messages: Vec<Message>,
-    add_generation_prompt: bool,
-    extra: Map<String, Value>,
-) -> Result<Arc<[TokenId]>, ApiError> {
-    let length: usize = messages.iter().map(|m| m.content.len()).sum();
+pub(super) async fn encode(model: &Arc<Model>, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
+    let length: usize = chat.messages.iter().map(|m| m.content.len()).sum();
     let model = model.clone();
-    let encode = move || model.encode_chat(&messages, add_generation_prompt, &extra);
+    let encode = move || model.encode_chat(&chat.messages, chat.add_generation_prompt, &chat.extra);
     let ids = off_network(length, encode).await??;
     if ids.is_empty() {
         return Err(ApiError::invalid(
@@ -187,105 +234,168 @@ struct Writer {
     prompt: Arc<[TokenId]>,
 }
 
+/// A whole answer, or a chunk of one.
+#[derive(Serialize)]
+struct Completion<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<&'static str>,
+    choices: C,
+    /// Null in all chunks but the last, if it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+}
+
+#[derive(Serialize)]
+struct Whole<'a> {
+    index: usize,
+    message: Said<'a>,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<&'a StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Serialize)]
+struct Said<'a> {
+    role: &'static str,
+    content: &'a str,
+    refusal: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    index: usize,
+    delta: Delta<'a>,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Option<&'a StopReason>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    content: Vec<TokenLogprob>,
+    refusal: Option<&'static str>,
+}
+
+#[derive(Serialize)]
+struct TokenLogprob {
+    #[serde(flatten)]
+    entry: Entry,
+    top_logprobs: Vec<Entry>,
+}
+
+#[derive(Serialize)]
+struct Entry {
+    token: String,
+    logprob: f64,
+    bytes: Vec<u8>,
+}
+
 impl Writer {
     async fn whole(self, mut answer: Answer) -> Result<Response, ApiError> {
         let choices = answer.collect().await?;
-        let choices: Vec<Value> = choices.into_iter().enumerate().map(|(i, c)| self.choice(i, &c)).collect();
-        let mut body = json!({
-            "id": self.id,
-            "object": "chat.completion",
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-            "usage": answer.usage(),
+        let choices = choices.iter().enumerate().map(|(index, choice)| {
+            let finish = choice.finish.as_ref();
+            Whole {
+                index,
+                message: Said { role: "assistant", content: &choice.piece.text, refusal: None },
+                logprobs: self.logprobs(&choice.piece.tokens),
+                finish_reason: finish.map(|finish| finish.reason),
+                stop_reason: finish.and_then(|finish| finish.stop_reason.as_ref()),
+                token_ids: self.token_ids(&choice.piece.tokens),
+            }
         });
-        if self.parameters.return_token_ids {
-            body["prompt_token_ids"] = json!(&*self.prompt);
-        }
+        let body = Completion {
+            object: "chat.completion",
+            usage: Some(Some(answer.usage())),
+            prompt_token_ids: self.parameters.return_token_ids.then_some(&*self.prompt),
+            ..self.completion(choices.collect::<Vec<_>>())
+        };
         Ok(Json(body).into_response())
     }
 
-    fn choice(&self, index: usize, choice: &Collected) -> Value {
-        let finish = choice.finish.as_ref();
-        let mut body = json!({
-            "index": index,
-            "message": { "role": "assistant", "content": choice.text, "refusal": null },
-            "logprobs": self.logprobs(&choice.tokens),
-            "finish_reason": finish.map(|finish| finish.reason),
-            "stop_reason": finish.map(|finish| &finish.stop_reason),
-        });
-        if self.parameters.return_token_ids {
-            body["token_ids"] = json!(ids(&choice.tokens));
+    /// A chunk with these choices.
+    fn completion<C>(&self, choices: C) -> Completion<'_, C> {
+        Completion {
+            id: &self.id,
+            object: "chat.completion.chunk",
+            created: self.created,
+            model: &self.model.name,
+            system_fingerprint: FINGERPRINT,
+            service_tier: self.parameters.service_tier,
+            choices,
+            usage: self.parameters.include_usage.then_some(None),
+            prompt_token_ids: None,
         }
-        body
     }
 
-    fn logprobs(&self, tokens: &[Sampled]) -> Value {
-        if self.parameters.sampling.logprobs.is_none() {
-            return Value::Null;
-        }
+    fn token_ids(&self, tokens: &[Sampled]) -> Option<Vec<TokenId>> {
+        self.parameters.return_token_ids.then(|| ids(tokens))
+    }
+
+    fn logprobs(&self, tokens: &[Sampled]) -> Option<Logprobs> {
+        self.parameters.logprobs?;
         let entry = |token: TokenId, logprob: f32| {
-            let text = self.model.decode(&[token], false);
-            json!({ "token": text, "logprob": json_logprob(logprob), "bytes": text.as_bytes() })
+            let bytes = self.model.token_bytes(token);
+            let text = String::from_utf8_lossy(&bytes).into_owned();
+            Entry { token: text, logprob: json_logprob(logprob), bytes: bytes.into_owned() }
         };
-        let content = tokens.iter().map(|sampled| {
-            let mut body = entry(sampled.token, sampled.logprob.unwrap_or(f32::NEG_INFINITY));
-            body["top_logprobs"] =
-                sampled.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect();
-            body
+        let content = tokens.iter().map(|sampled| TokenLogprob {
+            entry: entry(sampled.token, sampled.logprob.unwrap_or(f32::NEG_INFINITY)),
+            top_logprobs: sampled.top.iter().map(|&(token, logprob)| entry(token, logprob)).collect(),
         });
-        json!({ "content": content.collect::<Vec<_>>(), "refusal": null })
-    }
-
-    fn chunk(&self, choices: Value) -> Value {
-        let mut body = json!({
-            "id": self.id,
-            "object": "chat.completion.chunk",
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-        });
-        if self.parameters.include_usage {
-            body["usage"] = Value::Null;
-        }
-        body
+        Some(Logprobs { content: content.collect(), refusal: None })
     }
 }
 
 impl Chunks for Writer {
-    fn first(&mut self, index: usize) -> Option<Value> {
-        let delta = json!({ "role": "assistant", "content": "" });
-        let mut body = self.chunk(json!([
-            { "index": index, "delta": delta, "logprobs": null, "finish_reason": null }
-        ]));
-        if self.parameters.return_token_ids {
-            body["prompt_token_ids"] = json!(&*self.prompt);
+    fn piece(&mut self, out: &mut Vec<u8>, index: usize, piece: Piece, first: bool, finish: Option<&Finish>) {
+        if first {
+            let delta = Delta { role: Some("assistant"), content: Some("") };
+            let chunk = Chunk {
+                index,
+                delta,
+                logprobs: None,
+                finish_reason: None,
+                stop_reason: None,
+                token_ids: None,
+            };
+            let prompt_token_ids = self.parameters.return_token_ids.then_some(&*self.prompt);
+            sse::event(out, &Completion { prompt_token_ids, ..self.completion([chunk]) });
         }
-        Some(body)
+        let content = (!piece.text.is_empty()).then_some(piece.text.as_str());
+        let chunk = Chunk {
+            index,
+            delta: Delta { role: None, content },
+            logprobs: if piece.tokens.is_empty() { None } else { self.logprobs(&piece.tokens) },
+            finish_reason: finish.map(|finish| finish.reason),
+            stop_reason: finish.map(|finish| finish.stop_reason.as_ref()),
+            token_ids: self.token_ids(&piece.tokens),
+        };
+        sse::event(out, &self.completion([chunk]));
     }
 
-    fn piece(&mut self, index: usize, piece: &Piece, finish: Option<&Finish>) -> Value {
-        let delta = if piece.text.is_empty() { json!({}) } else { json!({ "content": piece.text }) };
-        let mut choice = json!({
-            "index": index,
-            "delta": delta,
-            "logprobs": if piece.tokens.is_empty() { Value::Null } else { self.logprobs(&piece.tokens) },
-            "finish_reason": finish.map(|finish| finish.reason),
-        });
-        if let Some(finish) = finish {
-            choice["stop_reason"] = finish.stop_reason.clone();
-        }
-        if self.parameters.return_token_ids {
-            choice["token_ids"] = json!(ids(&piece.tokens));
-        }
-        self.chunk(json!([choice]))
-    }
-
-    fn usage(&mut self, usage: Value) -> Value {
-        let mut body = self.chunk(json!([]));
-        body["usage"] = usage;
-        body
+    fn usage(&mut self, out: &mut Vec<u8>, usage: Usage) {
+        let none: [Chunk; 0] = [];
+        sse::event(out, &Completion { usage: Some(Some(usage)), ..self.completion(none) });
     }
 }

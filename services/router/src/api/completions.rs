@@ -8,15 +8,16 @@ use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use axum::{Extension, Json, Router};
-use serde_json::{Value, json};
+use serde::Serialize;
+use serde_json::{Map, Value};
 use tandem_chassis::seam;
 use tandem_types::{Sampled, TokenId};
 
-use super::answer::{Answer, Collected, Finish, Piece, ids, json_logprob};
-use super::chat::{FINGERPRINT, add_route, off_network};
+use super::answer::{Answer, Collected, Finish, Piece, StopReason, Usage, ids, json_logprob};
+use super::chat::{FINGERPRINT, add_route, check_bytes, off_network};
 use super::error::ApiError;
-use super::fields::{Fields, wrong_type};
-use super::parameters::{Parameters, token_ids};
+use super::fields::{self, Fields, Kind, Raw, kind, wrong_type};
+use super::parameters::{CHOICES_MAX, Parameters, token_ids};
 use super::sse::{self, Chunks};
 use super::{App, RequestName, read_body};
 use crate::text::Model;
@@ -36,20 +37,25 @@ async fn complete(
     headers: HeaderMap,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let mut fields = read_body(&app, &headers, body).await?;
+    let body = read_body(&app, &headers, body).await?;
+    let mut fields = Fields::parse(&body)?;
     let logprobs = fields.integer("logprobs", 0, 5)?.map(|top| top as u32);
-    if fields.bool("echo")?.unwrap_or(false) {
-        return Err(ApiError::unsupported("echo", "echo is not supported in this version"));
-    }
-    let mut parameters = Parameters::take(&mut fields, &app.model, &["max_tokens"], logprobs)?;
-    let prompts = take_prompts(&mut fields, &app.model).await?;
+    let echo = fields.bool("echo")?.unwrap_or(false);
+    let mut parameters = Parameters::take(&mut fields, &app.model, &[("max_tokens", 0)], logprobs)?;
+    take_best_of(&mut fields, &mut parameters)?;
+    let given = take_prompts(&mut fields, &app.model)?;
+    drop(fields);
+    drop(body);
+    let prompts = encode(&app.model, &given).await?;
+    let echo = echo.then(|| given.into_iter().zip(&prompts).map(|(given, ids)| given.text(ids, &app.model)));
+    let echo = echo.map(Iterator::collect);
     if parameters.max_tokens.is_none() {
         // As the context leaves it, but no more than the endpoint's own default.
         let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
         let room = (app.model.context_tokens as usize).saturating_sub(longest);
         parameters.max_tokens = Some(MAX_TOKENS.max(parameters.min_tokens).min(room.max(1) as u32));
     }
-    let answer = Answer::begin(&app, &name, &headers, prompts, &parameters, "prompt").await?;
+    let answer = Answer::begin(&app, &name, &headers, prompts, echo, &parameters, "prompt").await?;
 
     let writer = Writer {
         id: format!("cmpl-{}", name.0),
@@ -57,7 +63,6 @@ async fn complete(
         model: app.model.clone(),
         prompts: answer.prompts.clone(),
         offsets: vec![0; answer.choices],
-        begun: vec![false; answer.choices],
         parameters: parameters.clone(),
     };
     let route = answer.route.clone();
@@ -70,37 +75,105 @@ async fn complete(
     Ok(response)
 }
 
-/// A string, a list of strings, a list of token ids, or a list of such lists.
-async fn take_prompts(fields: &mut Fields, model: &Arc<Model>) -> Result<Vec<Arc<[TokenId]>>, ApiError> {
-    let wanted = "a string, a list of strings, a list of token ids or a list of such lists";
-    let prompt = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "prompt is missing"))?;
-    let prompts = match prompt {
-        Value::Array(items) if items.first().is_some_and(|item| !item.is_number()) => items,
-        one => vec![one],
-    };
-    if prompts.len() > PROMPTS_MAX {
-        let message = format!("prompt has {} prompts but may have {PROMPTS_MAX}", prompts.len());
-        return Err(ApiError::invalid("prompt", message));
+/// Of `best_of` choices the best are given, so they must all be there before the first is.
+fn take_best_of(fields: &mut Fields, parameters: &mut Parameters) -> Result<(), ApiError> {
+    let Some(best_of) = fields.integer("best_of", 1, CHOICES_MAX)? else { return Ok(()) };
+    let best_of = best_of as u32;
+    if best_of < parameters.n {
+        let message = format!("best_of {best_of} is below n {}: it must be as many at least", parameters.n);
+        return Err(ApiError::invalid("best_of", message));
     }
-    let mut read: Vec<Arc<[TokenId]>> = Vec::with_capacity(prompts.len());
-    for prompt in prompts {
-        let ids = match prompt {
-            Value::String(text) => {
-                let model = model.clone();
-                let encoded = off_network(text.len(), move || model.encode(&text)).await?;
+    if best_of > parameters.n && parameters.stream {
+        let message = "best_of above n cannot be streamed: the best are known at the end only";
+        return Err(ApiError::invalid("best_of", message));
+    }
+    parameters.draws = best_of;
+    if best_of > parameters.n {
+        parameters.sampling.logprobs = parameters.sampling.logprobs.or(Some(0));
+    }
+    Ok(())
+}
+
+/// A prompt as it was given.
+enum Given {
+    Text(String),
+    Ids(Vec<TokenId>),
+}
+
+impl Given {
+    /// Its text, for answers that begin with it.
+    fn text(self, ids: &[TokenId], model: &Model) -> String {
+        match self {
+            Given::Text(text) => text,
+            Given::Ids(_) => model.decode(ids, false),
+        }
+    }
+}
+
+/// A string, a list of strings, a list of token ids, or a list of such lists.
+fn take_prompts(fields: &mut Fields, model: &Model) -> Result<Vec<Given>, ApiError> {
+    let prompt = fields.take("prompt").ok_or_else(|| ApiError::invalid("prompt", "prompt is missing"))?;
+    // A list that begins with a number is one prompt in tokens.
+    let after = prompt.get().strip_prefix('[').map(str::trim_start);
+    if after.is_none_or(|rest| rest.starts_with(|c: char| c == '-' || c.is_ascii_digit())) {
+        return Ok(vec![take_prompt(prompt, model)?]);
+    }
+    let mut prompts = Vec::new();
+    fields::each("prompt", WANTED, prompt, |at, prompt| {
+        if at == PROMPTS_MAX {
+            return Err(ApiError::invalid("prompt", format!("prompt may have {PROMPTS_MAX} prompts")));
+        }
+        prompts.push(take_prompt(prompt, model)?);
+        Ok(())
+    })?;
+    if prompts.is_empty() {
+        return Err(ApiError::invalid("prompt", "prompt must not be empty"));
+    }
+    Ok(prompts)
+}
+
+const WANTED: &str = "a string, a list of strings, a list of token ids or a list of such lists";
+
+fn take_prompt(prompt: Raw, model: &Model) -> Result<Given, ApiError> {
+    let empty = || ApiError::invalid("prompt", "prompt must not be empty");
+    match kind(prompt) {
+        Kind::String => {
+            let text = fields::string("prompt", WANTED, prompt)?;
+            check_bytes("prompt", text.len(), model)?;
+            if text.is_empty() { Err(empty()) } else { Ok(Given::Text(text)) }
+        }
+        Kind::List => {
+            let most = model.context_tokens as usize;
+            let too_long = || {
+                let message = format!("the context is {most} tokens and the prompt has more; shorten it");
+                ApiError::context_length("prompt", message)
+            };
+            let ids = token_ids("prompt", prompt, model, most, too_long)?;
+            if ids.is_empty() { Err(empty()) } else { Ok(Given::Ids(ids)) }
+        }
+        _ => Err(wrong_type("prompt", WANTED, prompt)),
+    }
+}
+
+async fn encode(model: &Arc<Model>, given: &[Given]) -> Result<Vec<Arc<[TokenId]>>, ApiError> {
+    let mut prompts = Vec::with_capacity(given.len());
+    for given in given {
+        let ids = match given {
+            Given::Ids(ids) => ids.clone(),
+            Given::Text(text) => {
+                let (model, text) = (model.clone(), text.clone());
+                let encoded = off_network(text.len(), move || model.encode(&text, true)).await?;
                 encoded.map_err(|why| {
                     ApiError::invalid("prompt", format!("prompt cannot be tokenized: {why}"))
                 })?
             }
-            Value::Array(_) => token_ids("prompt", &prompt, model)?,
-            other => return Err(wrong_type("prompt", wanted, &other)),
         };
         if ids.is_empty() {
             return Err(ApiError::invalid("prompt", "prompt must not be empty"));
         }
-        read.push(ids.into());
+        prompts.push(ids.into());
     }
-    Ok(read)
+    Ok(prompts)
 }
 
 /// Writes text completions.
@@ -112,98 +185,137 @@ struct Writer {
     prompts: Vec<Arc<[TokenId]>>,
     /// Characters of each choice so far, for `text_offset`.
     offsets: Vec<usize>,
-    begun: Vec<bool>,
+}
+
+/// A whole answer, or a chunk of one.
+#[derive(Serialize)]
+struct Completion<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: &'static str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    service_tier: Option<&'static str>,
+    choices: C,
+    /// Null in all chunks but the last, if it was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Usage>>,
+}
+
+#[derive(Serialize)]
+struct Choice<'a> {
+    index: usize,
+    text: String,
+    logprobs: Option<Logprobs>,
+    finish_reason: Option<&'static str>,
+    stop_reason: Option<StopReason>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<TokenId>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<&'a [TokenId]>,
+}
+
+#[derive(Serialize)]
+struct Logprobs {
+    tokens: Vec<String>,
+    token_logprobs: Vec<Option<f64>>,
+    top_logprobs: Vec<Option<Map<String, Value>>>,
+    text_offset: Vec<usize>,
 }
 
 impl Writer {
     async fn whole(mut self, mut answer: Answer) -> Result<Response, ApiError> {
-        let choices = answer.collect().await?;
-        let choices: Vec<Value> = choices.into_iter().enumerate().map(|(i, c)| self.choice(i, c)).collect();
-        let mut body = self.body(choices.into());
-        body["usage"] = answer.usage();
+        let (drawn, kept) = (self.parameters.draws as usize, self.parameters.n as usize);
+        let mut choices = Vec::new();
+        let mut all = answer.collect().await?.into_iter();
+        for _ in 0..self.prompts.len() {
+            let mut of_prompt: Vec<Collected> = all.by_ref().take(drawn).collect();
+            if kept < drawn {
+                // The likeliest first; of equals, the first drawn.
+                of_prompt.sort_by(|a, b| b.piece.mean_logprob().total_cmp(&a.piece.mean_logprob()));
+            }
+            choices.extend(of_prompt.into_iter().take(kept));
+        }
+        let mut offsets = std::mem::take(&mut self.offsets);
+        let choices = choices.into_iter().zip(&mut offsets).enumerate();
+        let choices = choices.map(|(index, (choice, offset))| {
+            self.choice(index, offset, choice.piece, true, choice.finish.as_ref())
+        });
+        let choices: Vec<Choice> = choices.collect();
+        let body = Completion { usage: Some(Some(answer.usage())), ..self.completion(choices) };
         Ok(Json(body).into_response())
     }
 
-    fn body(&self, choices: Value) -> Value {
-        json!({
-            "id": self.id,
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model.name,
-            "system_fingerprint": FINGERPRINT,
-            "choices": choices,
-        })
+    /// A chunk with these choices.
+    fn completion<C>(&self, choices: C) -> Completion<'_, C> {
+        Completion {
+            id: &self.id,
+            object: "text_completion",
+            created: self.created,
+            model: &self.model.name,
+            system_fingerprint: FINGERPRINT,
+            service_tier: self.parameters.service_tier,
+            choices,
+            usage: self.parameters.include_usage.then_some(None),
+        }
     }
 
-    fn choice(&mut self, index: usize, choice: Collected) -> Value {
-        let piece = Piece { text: choice.text, tokens: choice.tokens };
-        self.piece_body(index, &piece, choice.finish.as_ref())
+    /// A piece of a choice; `offset` is that of its first character, and is moved on.
+    fn choice(
+        &self,
+        index: usize,
+        offset: &mut usize,
+        piece: Piece,
+        first: bool,
+        finish: Option<&Finish>,
+    ) -> Choice<'_> {
+        let returned = self.parameters.return_token_ids;
+        let prompt = &self.prompts[index / self.parameters.n as usize];
+        Choice {
+            index,
+            logprobs: self.logprobs(offset, &piece),
+            text: piece.text,
+            finish_reason: finish.map(|finish| finish.reason),
+            stop_reason: finish.and_then(|finish| finish.stop_reason.clone()),
+            token_ids: returned.then(|| ids(&piece.tokens)),
+            prompt_token_ids: (returned && first).then_some(&**prompt),
+        }
     }
 
-    fn piece_body(&mut self, index: usize, piece: &Piece, finish: Option<&Finish>) -> Value {
-        let mut body = json!({
-            "index": index,
-            "text": piece.text,
-            "logprobs": self.logprobs(index, &piece.tokens),
-            "finish_reason": finish.map(|finish| finish.reason),
-            "stop_reason": finish.map(|finish| &finish.stop_reason),
-        });
-        if self.parameters.return_token_ids {
-            body["token_ids"] = json!(ids(&piece.tokens));
-            if !std::mem::replace(&mut self.begun[index], true) {
-                body["prompt_token_ids"] = json!(&*self.prompts[index / self.parameters.n as usize]);
-            }
+    fn logprobs(&self, offset: &mut usize, piece: &Piece) -> Option<Logprobs> {
+        let wanted = self.parameters.logprobs?;
+        let mut logprobs = Logprobs {
+            tokens: Vec::new(),
+            token_logprobs: Vec::new(),
+            top_logprobs: Vec::new(),
+            text_offset: Vec::new(),
+        };
+        for Sampled { token, logprob, top } in piece.echoed.iter().chain(&piece.tokens) {
+            let text = self.model.token_text(*token);
+            logprobs.text_offset.push(*offset);
+            *offset += text.chars().count();
+            logprobs.tokens.push(text);
+            logprobs.token_logprobs.push(logprob.map(json_logprob));
+            let pairs =
+                top.iter().map(|&(token, l)| (self.model.token_text(token), Value::from(json_logprob(l))));
+            // The first token of a prompt has nothing before it that could tell.
+            logprobs.top_logprobs.push(logprob.map(|_| pairs.take(wanted as usize).collect()));
         }
-        body
-    }
-
-    fn logprobs(&mut self, index: usize, tokens: &[Sampled]) -> Value {
-        if self.parameters.sampling.logprobs.is_none() {
-            return Value::Null;
-        }
-        let text = |token: TokenId| self.model.decode(&[token], false);
-        let texts: Vec<String> = tokens.iter().map(|sampled| text(sampled.token)).collect();
-        let top: Vec<Value> = tokens
-            .iter()
-            .map(|sampled| {
-                let pairs = sampled.top.iter().map(|&(token, logprob)| (text(token), json_logprob(logprob)));
-                Value::Object(pairs.collect())
-            })
-            .collect();
-        let mut offset = self.offsets[index];
-        let mut offsets = Vec::with_capacity(texts.len());
-        for text in &texts {
-            offsets.push(offset);
-            offset += text.chars().count();
-        }
-        self.offsets[index] = offset;
-        let drawn = tokens.iter().map(|sampled| json_logprob(sampled.logprob.unwrap_or(f32::NEG_INFINITY)));
-        json!({
-            "tokens": texts,
-            "token_logprobs": drawn.collect::<Vec<_>>(),
-            "top_logprobs": top,
-            "text_offset": offsets,
-        })
+        Some(logprobs)
     }
 }
 
 impl Chunks for Writer {
-    fn first(&mut self, _: usize) -> Option<Value> {
-        None
+    fn piece(&mut self, out: &mut Vec<u8>, index: usize, piece: Piece, first: bool, finish: Option<&Finish>) {
+        let mut offset = self.offsets[index];
+        let choice = self.choice(index, &mut offset, piece, first, finish);
+        sse::event(out, &self.completion([choice]));
+        self.offsets[index] = offset;
     }
 
-    fn piece(&mut self, index: usize, piece: &Piece, finish: Option<&Finish>) -> Value {
-        let choice = self.piece_body(index, piece, finish);
-        let mut body = self.body(json!([choice]));
-        if self.parameters.include_usage {
-            body["usage"] = Value::Null;
-        }
-        body
-    }
-
-    fn usage(&mut self, usage: Value) -> Value {
-        let mut body = self.body(json!([]));
-        body["usage"] = usage;
-        body
+    fn usage(&mut self, out: &mut Vec<u8>, usage: Usage) {
+        let none: [Choice; 0] = [];
+        sse::event(out, &Completion { usage: Some(Some(usage)), ..self.completion(none) });
     }
 }

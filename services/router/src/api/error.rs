@@ -65,7 +65,8 @@ impl ApiError {
 
     pub(crate) fn unknown_path(path: &str) -> ApiError {
         let message = format!(
-            "there is no {path}; the API has /v1/chat/completions, /v1/completions, /v1/models and /health"
+            "there is no {path}; the API has /v1/chat/completions, /v1/completions, /v1/models, /tokenize, \
+             /detokenize and /health"
         );
         ApiError::new(StatusCode::NOT_FOUND, INVALID, "not_found", message)
     }

@@ -1,158 +1,357 @@
 //! A request body as fields that are taken out one by one, each checked where it is taken.
+//!
+//! Fields stay text until somebody asks for them: a body of 32 MiB may hold ten million numbers, and as a tree of
+//! values those would take ten times its memory. Lists are therefore visited item by item.
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{Deserializer, Error as _, MapAccess, SeqAccess, Visitor};
-use serde_json::{Map, Value};
+use serde::de::{DeserializeSeed, Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+use serde_json::{Deserializer, Map, Value};
 
 use super::error::ApiError;
 
+/// Fields of an object at most; the API knows some dozens.
+const FIELDS_MAX: usize = 1024;
+/// Objects and lists within each other, at most.
+const DEPTH_MAX: usize = 64;
+/// Bytes of a value that is read whole, whatever it is.
+const VALUE_BYTES_MAX: usize = 64 << 10;
+
+/// A value that nobody has read yet.
+pub(crate) type Raw<'a> = &'a RawValue;
+
 /// The fields of a JSON object. `null` is as good as absent.
 #[derive(Debug)]
-pub(crate) struct Fields(Map<String, Value>);
+pub(crate) struct Fields<'a>(HashMap<Cow<'a, str>, Raw<'a>>);
 
-impl Fields {
-    /// Parses a body; an object without duplicate keys at any depth.
-    pub(crate) fn parse(body: &[u8]) -> Result<Fields, ApiError> {
-        if body.is_empty() {
+impl<'a> Fields<'a> {
+    /// The fields of a body, which is an object without duplicate keys.
+    pub(crate) fn parse(body: &'a [u8]) -> Result<Fields<'a>, ApiError> {
+        // A mark of the byte order says nothing in UTF-8; some write it all the same.
+        let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
+        if body.trim_ascii().is_empty() {
             return Err(ApiError::invalid_body("the body is empty; send a JSON object"));
         }
-        let Strict(value) = serde_json::from_slice(body)
-            .map_err(|error| ApiError::invalid_body(format!("the body is not valid JSON: {error}")))?;
-        match value {
-            Value::Object(fields) => Ok(Fields(fields)),
-            _ => Err(ApiError::invalid_body("the body must be a JSON object")),
+        let text = std::str::from_utf8(body)
+            .map_err(|error| ApiError::invalid_body(format!("the body is not UTF-8: {error}")))?;
+        if depth(text) > DEPTH_MAX {
+            let message = format!("objects and lists may be {DEPTH_MAX} deep within each other");
+            return Err(ApiError::invalid_body(message));
+        }
+        match serde_json::from_str::<Raw>(text) {
+            Ok(value) if kind(value) == Kind::Object => Fields::of(value),
+            Ok(_) => Err(ApiError::invalid_body("the body must be a JSON object")),
+            Err(error) => Err(ApiError::invalid_body(format!("the body is not valid JSON: {error}"))),
+        }
+    }
+
+    fn of(object: Raw<'a>) -> Result<Fields<'a>, ApiError> {
+        serde_json::from_str(object.get())
+            .map(|Unique(fields)| Fields(fields))
+            .map_err(|error| ApiError::invalid_body(format!("the body is not valid JSON: {error}")))
+    }
+
+    /// The fields of a value that must be an object.
+    pub(crate) fn read(name: &str, value: Raw<'a>) -> Result<Fields<'a>, ApiError> {
+        match kind(value) {
+            Kind::Object => Fields::of(value),
+            _ => Err(wrong_type(name, "an object", value)),
         }
     }
 
     /// A field that is there and not null.
-    pub(crate) fn take(&mut self, name: &str) -> Option<Value> {
-        self.0.remove(name).filter(|value| !value.is_null())
+    pub(crate) fn take(&mut self, name: &str) -> Option<Raw<'a>> {
+        self.0.remove(name).filter(|value| kind(value) != Kind::Null)
+    }
+
+    /// Whether a field is there and not null.
+    pub(crate) fn has(&self, name: &str) -> bool {
+        self.0.get(name).is_some_and(|value| kind(value) != Kind::Null)
     }
 
     pub(crate) fn string(&mut self, name: &str) -> Result<Option<String>, ApiError> {
-        self.take(name)
-            .map(|value| match value {
-                Value::String(text) => Ok(text),
-                other => Err(wrong_type(name, "a string", &other)),
-            })
-            .transpose()
+        self.take(name).map(|value| string(name, "a string", value)).transpose()
     }
 
     pub(crate) fn bool(&mut self, name: &str) -> Result<Option<bool>, ApiError> {
-        self.take(name)
-            .map(|value| value.as_bool().ok_or_else(|| wrong_type(name, "true or false", &value)))
-            .transpose()
+        let Some(value) = self.take(name) else { return Ok(None) };
+        match value.get() {
+            "true" => Ok(Some(true)),
+            "false" => Ok(Some(false)),
+            _ => Err(wrong_type(name, "true or false", value)),
+        }
     }
 
     /// A whole number within bounds.
     pub(crate) fn integer(&mut self, name: &str, least: i64, most: i64) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        let number = value.as_i64().ok_or_else(|| wrong_type(name, "a whole number", &value))?;
-        if (least..=most).contains(&number) {
-            return Ok(Some(number));
+        let digits = value.get().strip_prefix('-').unwrap_or(value.get());
+        if kind(value) != Kind::Number || !digits.bytes().all(|b| b.is_ascii_digit()) {
+            return Err(wrong_type(name, "a whole number", value));
         }
-        Err(ApiError::invalid(name, format!("{name} is {number} but must be from {least} to {most}")))
+        match value.get().parse::<i64>() {
+            Ok(number) if (least..=most).contains(&number) => Ok(Some(number)),
+            _ => Err(out_of_bounds(name, value, &least, &most)),
+        }
     }
 
     /// A number within bounds.
     pub(crate) fn number(&mut self, name: &str, least: f64, most: f64) -> Result<Option<f32>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        let number = value.as_f64().ok_or_else(|| wrong_type(name, "a number", &value))?;
-        if number.is_finite() && (least..=most).contains(&number) {
-            return Ok(Some(number as f32));
+        if kind(value) != Kind::Number {
+            return Err(wrong_type(name, "a number", value));
         }
-        Err(ApiError::invalid(name, format!("{name} is {number} but must be from {least} to {most}")))
+        match number(value).filter(|number| (least..=most).contains(number)) {
+            Some(number) => Ok(Some(number as f32)),
+            None => Err(out_of_bounds(name, value, &least, &most)),
+        }
     }
 
-    pub(crate) fn object(&mut self, name: &str) -> Result<Option<Fields>, ApiError> {
-        self.take(name)
-            .map(|value| match value {
-                Value::Object(fields) => Ok(Fields(fields)),
-                other => Err(wrong_type(name, "an object", &other)),
-            })
-            .transpose()
+    pub(crate) fn object(&mut self, name: &str) -> Result<Option<Fields<'a>>, ApiError> {
+        self.take(name).map(|value| Fields::read(name, value)).transpose()
     }
 
-    pub(crate) fn into_map(self) -> Map<String, Value> {
-        self.0
+    /// An object of any content, for others to make sense of; not a large one.
+    pub(crate) fn map(&mut self, name: &str) -> Result<Option<Map<String, Value>>, ApiError> {
+        let Some(value) = self.take(name) else { return Ok(None) };
+        if kind(value) != Kind::Object {
+            return Err(wrong_type(name, "an object", value));
+        }
+        if value.get().len() > VALUE_BYTES_MAX {
+            return Err(ApiError::invalid(name, format!("{name} may have {VALUE_BYTES_MAX} bytes")));
+        }
+        serde_json::from_str(value.get())
+            .map(Some)
+            .map_err(|error| ApiError::invalid(name, format!("{name}: {error}")))
+    }
+}
+
+/// What a value is, by its first character.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    Null,
+    Bool,
+    Number,
+    String,
+    List,
+    Object,
+}
+
+pub(crate) fn kind(value: Raw) -> Kind {
+    match value.get().as_bytes().first() {
+        Some(b'n') => Kind::Null,
+        Some(b't' | b'f') => Kind::Bool,
+        Some(b'"') => Kind::String,
+        Some(b'[') => Kind::List,
+        Some(b'{') => Kind::Object,
+        _ => Kind::Number,
+    }
+}
+
+/// A string, or an error that says what was wanted.
+pub(crate) fn string(name: &str, wanted: &str, value: Raw) -> Result<String, ApiError> {
+    if kind(value) != Kind::String {
+        return Err(wrong_type(name, wanted, value));
+    }
+    serde_json::from_str(value.get())
+        .map_err(|error| ApiError::invalid(name, format!("{name} is not a valid string: {error}")))
+}
+
+/// A finite number.
+pub(crate) fn number(value: Raw) -> Option<f64> {
+    serde_json::from_str::<f64>(value.get()).ok().filter(|number| number.is_finite())
+}
+
+/// A small value, whole; `None` for a large one.
+pub(crate) fn small(value: Raw) -> Option<Value> {
+    (value.get().len() <= 256).then(|| serde_json::from_str(value.get()).ok())?
+}
+
+/// Visits the items of a list in order, until one of them is an error.
+pub(crate) fn each<'a>(
+    name: &str,
+    wanted: &str,
+    list: Raw<'a>,
+    take: impl FnMut(usize, Raw<'a>) -> Result<(), ApiError>,
+) -> Result<(), ApiError> {
+    if kind(list) != Kind::List {
+        return Err(wrong_type(name, wanted, list));
+    }
+    let mut failed = None;
+    let read = Deserializer::from_str(list.get()).deserialize_seq(Items { take, failed: &mut failed });
+    match (failed, read) {
+        (Some(error), _) => Err(error),
+        (None, Err(error)) => Err(ApiError::invalid(name, format!("{name}: {error}"))),
+        (None, Ok(())) => Ok(()),
+    }
+}
+
+/// Visits the entries of an object in order, until one of them is an error. Keys may repeat.
+pub(crate) fn each_entry<'a>(
+    name: &str,
+    object: Raw<'a>,
+    take: impl FnMut(Cow<'a, str>, Raw<'a>) -> Result<(), ApiError>,
+) -> Result<(), ApiError> {
+    if kind(object) != Kind::Object {
+        return Err(wrong_type(name, "an object", object));
+    }
+    let mut failed = None;
+    let read = Deserializer::from_str(object.get()).deserialize_map(Entries { take, failed: &mut failed });
+    match (failed, read) {
+        (Some(error), _) => Err(error),
+        (None, Err(error)) => Err(ApiError::invalid(name, format!("{name}: {error}"))),
+        (None, Ok(())) => Ok(()),
     }
 }
 
 /// An error about a field's type, with what it was instead.
-pub(crate) fn wrong_type(name: &str, wanted: &str, value: &Value) -> ApiError {
-    let is = match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number of another kind",
-        Value::String(_) => "a string",
-        Value::Array(_) => "a list",
-        Value::Object(_) => "an object",
+pub(crate) fn wrong_type(name: &str, wanted: &str, value: Raw) -> ApiError {
+    let is = match kind(value) {
+        Kind::Null => "null",
+        Kind::Bool => "a boolean",
+        Kind::Number => "a number of another kind",
+        Kind::String => "a string",
+        Kind::List => "a list",
+        Kind::Object => "an object",
     };
     ApiError::invalid(name, format!("{name} must be {wanted}, not {is}"))
 }
 
-/// JSON in which no object has a key twice: which of the two counts would be anybody's guess.
-struct Strict(Value);
+fn out_of_bounds(name: &str, value: Raw, least: &dyn fmt::Display, most: &dyn fmt::Display) -> ApiError {
+    let said: String = value.get().chars().take(32).collect();
+    ApiError::invalid(name, format!("{name} is {said} but must be from {least} to {most}"))
+}
 
-impl<'de> Deserialize<'de> for Strict {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Strict, D::Error> {
+/// How deep objects and lists lie within each other, what stands in strings left aside.
+fn depth(text: &str) -> usize {
+    let (mut depth, mut deepest, mut in_string, mut escaped) = (0usize, 0, false, false);
+    for byte in text.bytes() {
+        match byte {
+            _ if escaped => escaped = false,
+            b'\\' if in_string => escaped = true,
+            b'"' => in_string = !in_string,
+            _ if in_string => {}
+            b'{' | b'[' => {
+                depth += 1;
+                deepest = deepest.max(depth);
+            }
+            b'}' | b']' => depth = depth.saturating_sub(1),
+            _ => {}
+        }
+    }
+    deepest
+}
+
+/// An object in which no key is there twice: which of the two counts would be anybody's guess.
+struct Unique<'a>(HashMap<Cow<'a, str>, Raw<'a>>);
+
+/// A key, borrowed where it has no escapes.
+struct Key;
+
+impl<'de> DeserializeSeed<'de> for Key {
+    type Value = Cow<'de, str>;
+
+    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
+        deserializer.deserialize_str(self)
+    }
+}
+
+impl<'de> Visitor<'de> for Key {
+    type Value = Cow<'de, str>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a key")
+    }
+
+    fn visit_borrowed_str<E>(self, key: &'de str) -> Result<Self::Value, E> {
+        Ok(Cow::Borrowed(key))
+    }
+
+    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
+        Ok(Cow::Owned(key.to_owned()))
+    }
+}
+
+impl<'de> Deserialize<'de> for Unique<'de> {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct Reader;
 
         impl<'de> Visitor<'de> for Reader {
-            type Value = Strict;
+            type Value = Unique<'de>;
 
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("JSON")
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
             }
 
-            fn visit_bool<E>(self, value: bool) -> Result<Strict, E> {
-                Ok(Strict(value.into()))
-            }
-
-            fn visit_i64<E>(self, value: i64) -> Result<Strict, E> {
-                Ok(Strict(value.into()))
-            }
-
-            fn visit_u64<E>(self, value: u64) -> Result<Strict, E> {
-                Ok(Strict(value.into()))
-            }
-
-            fn visit_f64<E>(self, value: f64) -> Result<Strict, E> {
-                Ok(Strict(value.into()))
-            }
-
-            fn visit_str<E>(self, value: &str) -> Result<Strict, E> {
-                Ok(Strict(value.into()))
-            }
-
-            fn visit_string<E>(self, value: String) -> Result<Strict, E> {
-                Ok(Strict(value.into()))
-            }
-
-            fn visit_unit<E>(self) -> Result<Strict, E> {
-                Ok(Strict(Value::Null))
-            }
-
-            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Strict, A::Error> {
-                let mut items = Vec::new();
-                while let Some(Strict(item)) = seq.next_element()? {
-                    items.push(item);
-                }
-                Ok(Strict(items.into()))
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Strict, A::Error> {
-                let mut fields = Map::new();
-                while let Some((key, Strict(value))) = map.next_entry::<String, Strict>()? {
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
+                let mut fields = HashMap::new();
+                while let Some(key) = map.next_key_seed(Key)? {
+                    if fields.len() == FIELDS_MAX {
+                        return Err(A::Error::custom(format!("an object may have {FIELDS_MAX} keys")));
+                    }
                     if fields.contains_key(&key) {
                         return Err(A::Error::custom(format!("key {key:?} is there twice")));
                     }
-                    fields.insert(key, value);
+                    fields.insert(key, map.next_value()?);
                 }
-                Ok(Strict(fields.into()))
+                Ok(Unique(fields))
             }
         }
 
-        deserializer.deserialize_any(Reader)
+        deserializer.deserialize_map(Reader)
+    }
+}
+
+/// Passes items on one by one; the first error ends it.
+struct Items<'e, F> {
+    take: F,
+    failed: &'e mut Option<ApiError>,
+}
+
+impl<'de, F: FnMut(usize, Raw<'de>) -> Result<(), ApiError>> Visitor<'de> for Items<'_, F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list")
+    }
+
+    fn visit_seq<A: SeqAccess<'de>>(mut self, mut seq: A) -> Result<(), A::Error> {
+        let mut at = 0;
+        while let Some(item) = seq.next_element()? {
+            if let Err(error) = (self.take)(at, item) {
+                *self.failed = Some(error);
+                return Err(A::Error::custom("it was refused"));
+            }
+            at += 1;
+        }
+        Ok(())
+    }
+}
+
+/// Passes entries on one by one; the first error ends it.
+struct Entries<'e, F> {
+    take: F,
+    failed: &'e mut Option<ApiError>,
+}
+
+impl<'de, F: FnMut(Cow<'de, str>, Raw<'de>) -> Result<(), ApiError>> Visitor<'de> for Entries<'_, F> {
+    type Value = ();
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an object")
+    }
+
+    fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
+        while let Some(key) = map.next_key_seed(Key)? {
+            if let Err(error) = (self.take)(key, map.next_value()?) {
+                *self.failed = Some(error);
+                return Err(A::Error::custom("it was refused"));
+            }
+        }
+        Ok(())
     }
 }

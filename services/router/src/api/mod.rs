@@ -11,6 +11,7 @@ mod parameters;
 mod sse;
 #[cfg(test)]
 mod tests;
+mod tokenize;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +22,8 @@ use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::{self, Next};
 use axum::response::Response;
-use http_body_util::{BodyExt, Limited};
+use bytes::BytesMut;
+use http_body_util::BodyExt;
 use tandem_chassis::seam;
 use tandem_types::Time;
 
@@ -55,6 +57,7 @@ pub(crate) fn routes(model: Arc<Model>, generate: impl Generate, options: Option
         .merge(chat::routes())
         .merge(completions::routes())
         .merge(models::routes())
+        .merge(tokenize::routes())
         .merge(health::routes())
         .fallback(async |request: Request| ApiError::unknown_path(request.uri().path()))
         .method_not_allowed_fallback(async |request: Request| ApiError::method_not_allowed(request.method()))
@@ -80,12 +83,8 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     response
 }
 
-/// Reads a JSON body whole, within its limit, and says what is wrong with it.
-pub(crate) async fn read_body(
-    app: &App,
-    headers: &HeaderMap,
-    body: Body,
-) -> Result<fields::Fields, ApiError> {
+/// Reads a JSON body whole, within its limit.
+pub(crate) async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> Result<Bytes, ApiError> {
     if let Some(kind) = headers.get(header::CONTENT_TYPE) {
         let kind = kind.to_str().unwrap_or_default();
         let essence = kind.split(';').next().unwrap_or_default().trim().to_ascii_lowercase();
@@ -101,20 +100,36 @@ pub(crate) async fn read_body(
         )));
     }
     let max = app.options.body_bytes_max;
-    let too_large = || ApiError::too_large(max);
     let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > max as u64) {
-        return Err(too_large());
+        return Err(ApiError::too_large(max));
     }
-    // A kibibyte a second after ten seconds, at least: what is slower is given up.
-    let time = Duration::from_secs(10) + Duration::from_secs(length.unwrap_or(max as u64) / 1024);
-    let bytes: Bytes = match seam::timeout(time, Limited::new(body, max).collect()).await {
-        Ok(Ok(collected)) => collected.to_bytes(),
-        Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => return Err(too_large()),
-        Ok(Err(_)) => return Err(ApiError::invalid_body("the body broke off")),
-        Err(_) => return Err(ApiError::body_timeout()),
-    };
-    fields::Fields::parse(&bytes)
+    receive(body, length.unwrap_or(0) as usize, max).await
+}
+
+/// The bytes of a body, which must not come too slowly: after ten seconds a kibibyte a second on average.
+async fn receive(mut body: Body, length: usize, max: usize) -> Result<Bytes, ApiError> {
+    const PATIENCE: Duration = Duration::from_secs(10);
+    const BYTES_PER_SECOND: u64 = 1024;
+    let began = seam::now();
+    // What is announced is not there yet: memory is taken as it comes.
+    let mut bytes = BytesMut::with_capacity(length.min(64 << 10));
+    loop {
+        let earned = Duration::from_secs(bytes.len() as u64 / BYTES_PER_SECOND);
+        let limit = (began + PATIENCE + earned).remaining(seam::now());
+        match seam::timeout(limit, body.frame()).await {
+            Err(_) => return Err(ApiError::body_timeout()),
+            Ok(None) => return Ok(bytes.freeze()),
+            Ok(Some(Err(_))) => return Err(ApiError::invalid_body("the body broke off")),
+            Ok(Some(Ok(frame))) => {
+                let Some(data) = frame.data_ref() else { continue };
+                if bytes.len() + data.len() > max {
+                    return Err(ApiError::too_large(max));
+                }
+                bytes.extend_from_slice(data);
+            }
+        }
+    }
 }
 
 /// When a request that came now is given up.

@@ -2,19 +2,21 @@
 
 use std::collections::BTreeMap;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 use tandem_chassis::seam;
 use tandem_types::{SamplingParams, ServiceClass, StopRules, TokenId};
 
 use super::error::ApiError;
-use super::fields::{Fields, wrong_type};
+use super::fields::{self, Fields, Kind, Raw, kind};
 use crate::text::Model;
 
 /// Choices of a request at most.
-const CHOICES_MAX: i64 = 128;
+pub(crate) const CHOICES_MAX: i64 = 128;
 /// Stop strings and stop tokens at most.
 const STOPS_MAX: usize = 4;
 const STOP_TOKENS_MAX: usize = 64;
+/// Biases at most.
+const BIASES_MAX: usize = 4096;
 /// Characters of a stop string at most: text is held back while one may begin.
 const STOP_CHARS_MAX: usize = 1024;
 
@@ -34,7 +36,6 @@ const UNSUPPORTED: &[&str] = &[
     "guided_choice",
     "guided_grammar",
     "structured_outputs",
-    "best_of",
     "suffix",
     "prompt_logprobs",
     "use_beam_search",
@@ -46,7 +47,12 @@ const UNSUPPORTED: &[&str] = &[
 /// What both endpoints understand alike.
 #[derive(Clone, Debug)]
 pub(crate) struct Parameters {
+    /// Choices of the answer, per prompt.
     pub(crate) n: u32,
+    /// Choices that are drawn, of which the `n` best are given: `best_of`.
+    pub(crate) draws: u32,
+    /// Log probabilities that the client wants: of every token, and of so many of the likeliest.
+    pub(crate) logprobs: Option<u32>,
     pub(crate) stream: bool,
     pub(crate) include_usage: bool,
     pub(crate) sampling: SamplingParams,
@@ -60,15 +66,17 @@ pub(crate) struct Parameters {
     pub(crate) skip_special_tokens: bool,
     pub(crate) return_token_ids: bool,
     pub(crate) class: ServiceClass,
+    /// Said in the answer, where the client has asked for one.
+    pub(crate) service_tier: Option<&'static str>,
 }
 
 impl Parameters {
-    /// Takes them out of `fields`. `max_tokens_names` are those that this endpoint has for `max_tokens`, and
-    /// `logprobs` has been read by the endpoint.
+    /// Takes them out of `fields`. `limits` are the names that this endpoint has for `max_tokens`, with the least
+    /// that it may be; `logprobs` has been read by the endpoint.
     pub(crate) fn take(
         fields: &mut Fields,
         model: &Model,
-        max_tokens_names: &[&str],
+        limits: &[(&str, i64)],
         logprobs: Option<u32>,
     ) -> Result<Parameters, ApiError> {
         check_model(fields, model)?;
@@ -76,8 +84,8 @@ impl Parameters {
         let stream = fields.bool("stream")?.unwrap_or(false);
         let sampling = take_sampling(fields, model, logprobs)?;
         let mut max_tokens = None;
-        for name in max_tokens_names {
-            let given = fields.integer(name, 1, i64::from(u32::MAX))?;
+        for (name, least) in limits {
+            let given = fields.integer(name, *least, i64::from(u32::MAX))?;
             max_tokens = max_tokens.or(given.map(|n| n as u32));
         }
         let min_tokens = fields.integer("min_tokens", 0, i64::from(u32::MAX))?.unwrap_or(0) as u32;
@@ -87,8 +95,13 @@ impl Parameters {
                 format!("min_tokens {min_tokens} is above max_tokens"),
             ));
         }
+        // What it is of no use to anybody to check further.
+        fields.string("user")?;
+        let n = fields.integer("n", 1, CHOICES_MAX)?.unwrap_or(1) as u32;
         Ok(Parameters {
-            n: fields.integer("n", 1, CHOICES_MAX)?.unwrap_or(1) as u32,
+            n,
+            draws: n,
+            logprobs,
             stream,
             include_usage: take_include_usage(fields, stream)?,
             sampling,
@@ -100,6 +113,7 @@ impl Parameters {
             ignore_eos: fields.bool("ignore_eos")?.unwrap_or(false),
             skip_special_tokens: fields.bool("skip_special_tokens")?.unwrap_or(true),
             return_token_ids: fields.bool("return_token_ids")?.unwrap_or(false),
+            service_tier: fields.has("service_tier").then_some("default"),
             class: take_class(fields)?,
         })
     }
@@ -113,6 +127,7 @@ impl Parameters {
     ) -> Result<StopRules, ApiError> {
         let context = model.context_tokens as usize;
         let room = context.saturating_sub(prompt);
+        // Of a prompt that is only scored one token is drawn all the same.
         let wanted = self.max_tokens.map_or(1, |max| max as usize);
         if room < wanted {
             let message = match self.max_tokens {
@@ -134,28 +149,35 @@ impl Parameters {
 }
 
 fn check_model(fields: &mut Fields, model: &Model) -> Result<(), ApiError> {
+    if !fields.has("model") {
+        let message = format!("model is missing; this cluster serves {:?}", model.name);
+        return Err(ApiError::invalid("model", message));
+    }
+    check_model_if_named(fields, model)
+}
+
+/// For endpoints where the model may be left out: there is one.
+pub(crate) fn check_model_if_named(fields: &mut Fields, model: &Model) -> Result<(), ApiError> {
     match fields.string("model")? {
-        None => {
-            Err(ApiError::invalid("model", format!("model is missing; this cluster serves {:?}", model.name)))
-        }
-        Some(name) if name == model.name => Ok(()),
-        Some(name) => Err(ApiError::unknown_model(&name, &model.name)),
+        Some(name) if name != model.name => Err(ApiError::unknown_model(&name, &model.name)),
+        _ => Ok(()),
     }
 }
 
 fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     for name in UNSUPPORTED {
-        let says_nothing = |value: &Value| {
-            matches!(value, Value::Bool(false))
-                || value.as_array().is_some_and(Vec::is_empty)
-                || (*name == "best_of" && *value == 1)
-                || (*name == "tool_choice" && (*value == "none" || *value == "auto"))
-                || (*name == "parallel_tool_calls" && value.is_boolean())
-                || (*name == "length_penalty" && value.as_f64() == Some(1.0))
-                || (*name == "modalities" && *value == serde_json::json!(["text"]))
-                || (*name == "suffix" && *value == "")
+        let says_nothing = |value: Raw| {
+            fields::small(value).is_some_and(|value| {
+                matches!(value, Value::Bool(false))
+                    || value.as_array().is_some_and(Vec::is_empty)
+                    || (*name == "tool_choice" && (value == "none" || value == "auto"))
+                    || (*name == "parallel_tool_calls" && value.is_boolean())
+                    || (*name == "length_penalty" && value.as_f64() == Some(1.0))
+                    || (*name == "modalities" && value == json!(["text"]))
+                    || (*name == "suffix" && value == "")
+            })
         };
-        if fields.take(name).is_some_and(|value| !says_nothing(&value)) {
+        if fields.take(name).is_some_and(|value| !says_nothing(value)) {
             return Err(ApiError::unsupported(name, format!("{name} is not supported in this version")));
         }
     }
@@ -202,17 +224,26 @@ fn take_sampling(
 }
 
 fn take_logit_bias(fields: &mut Fields, model: &Model) -> Result<Vec<(TokenId, f32)>, ApiError> {
-    let Some(biases) = fields.object("logit_bias")? else { return Ok(Vec::new()) };
+    let Some(biases) = fields.take("logit_bias") else { return Ok(Vec::new()) };
+    let wrong = |message: String| Err(ApiError::invalid("logit_bias", message));
     let mut read = BTreeMap::new();
-    for (key, value) in biases.into_map() {
-        let wrong = |message: String| ApiError::invalid("logit_bias", message);
-        let token = key.parse::<TokenId>().ok().filter(|&token| token < model.vocab);
-        let token = token.ok_or_else(|| wrong(format!("{key:?} is not a token id below {}", model.vocab)))?;
-        let bias = value.as_f64().filter(|bias| (-100.0..=100.0).contains(bias));
-        let bias = bias
-            .ok_or_else(|| wrong(format!("the bias of token {token} must be a number from -100 to 100")))?;
-        read.insert(token, bias as f32);
-    }
+    fields::each_entry("logit_bias", biases, |key, value| {
+        let Some(token) = key.parse::<TokenId>().ok().filter(|&token| token < model.vocab) else {
+            let key: String = key.chars().take(32).collect();
+            return wrong(format!("{key:?} is not a token id below {}", model.vocab));
+        };
+        let bias = Some(value).filter(|value| kind(value) == Kind::Number).and_then(fields::number);
+        let Some(bias) = bias.filter(|bias| (-100.0..=100.0).contains(bias)) else {
+            return wrong(format!("the bias of token {token} must be a number from -100 to 100"));
+        };
+        if read.insert(token, bias as f32).is_some() {
+            return wrong(format!("token {token} has two biases"));
+        }
+        if read.len() > BIASES_MAX {
+            return wrong(format!("logit_bias may have {BIASES_MAX} entries"));
+        }
+        Ok(())
+    })?;
     Ok(read.into_iter().collect())
 }
 
@@ -225,51 +256,62 @@ fn take_include_usage(fields: &mut Fields, stream: bool) -> Result<bool, ApiErro
 }
 
 fn take_stop(fields: &mut Fields) -> Result<Vec<String>, ApiError> {
-    let stops = match fields.take("stop") {
-        None => return Ok(Vec::new()),
-        Some(Value::String(stop)) => vec![Value::String(stop)],
-        Some(Value::Array(stops)) => stops,
-        Some(other) => return Err(wrong_type("stop", "a string or a list of strings", &other)),
+    let Some(stop) = fields.take("stop") else { return Ok(Vec::new()) };
+    let wanted = "a string or a list of strings";
+    let mut stops = Vec::new();
+    let mut take = |at: usize, stop: Raw| {
+        if at == STOPS_MAX {
+            return Err(ApiError::invalid("stop", format!("stop may have {STOPS_MAX} strings")));
+        }
+        let stop = fields::string("stop", wanted, stop)?;
+        if stop.is_empty() {
+            return Err(ApiError::invalid("stop", "a stop string must not be empty"));
+        }
+        if stop.chars().count() > STOP_CHARS_MAX {
+            let message = format!("a stop string may have {STOP_CHARS_MAX} characters");
+            return Err(ApiError::invalid("stop", message));
+        }
+        stops.push(stop);
+        Ok(())
     };
-    if stops.len() > STOPS_MAX {
-        return Err(ApiError::invalid(
-            "stop",
-            format!("stop has {} strings but may have {STOPS_MAX}", stops.len()),
-        ));
+    match kind(stop) {
+        Kind::String => take(0, stop)?,
+        _ => fields::each("stop", wanted, stop, take)?,
     }
-    let read = stops.into_iter().map(|stop| match stop {
-        Value::String(stop) if stop.is_empty() => {
-            Err(ApiError::invalid("stop", "a stop string must not be empty"))
-        }
-        Value::String(stop) if stop.chars().count() > STOP_CHARS_MAX => {
-            Err(ApiError::invalid("stop", format!("a stop string may have {STOP_CHARS_MAX} characters")))
-        }
-        Value::String(stop) => Ok(stop),
-        other => Err(wrong_type("stop", "a string or a list of strings", &other)),
-    });
-    read.collect()
+    Ok(stops)
 }
 
 fn take_stop_token_ids(fields: &mut Fields, model: &Model) -> Result<Vec<TokenId>, ApiError> {
     let Some(ids) = fields.take("stop_token_ids") else { return Ok(Vec::new()) };
-    let ids = token_ids("stop_token_ids", &ids, model)?;
-    if ids.len() > STOP_TOKENS_MAX {
-        let message = format!("stop_token_ids has {} ids but may have {STOP_TOKENS_MAX}", ids.len());
-        return Err(ApiError::invalid("stop_token_ids", message));
-    }
-    Ok(ids)
+    let too_many = || {
+        let message = format!("stop_token_ids may have {STOP_TOKENS_MAX} ids");
+        ApiError::invalid("stop_token_ids", message)
+    };
+    token_ids("stop_token_ids", ids, model, STOP_TOKENS_MAX, too_many)
 }
 
-/// A list of token ids of this model.
-pub(crate) fn token_ids(name: &str, ids: &Value, model: &Model) -> Result<Vec<TokenId>, ApiError> {
-    let list = ids.as_array().ok_or_else(|| wrong_type(name, "a list of token ids", ids))?;
-    let read = list.iter().map(|id| {
-        let known = id.as_u64().filter(|&id| id < u64::from(model.vocab));
-        known.map(|id| id as TokenId).ok_or_else(|| {
-            ApiError::invalid(name, format!("{id} in {name} is not a token id below {}", model.vocab))
-        })
-    });
-    read.collect()
+/// A list of token ids of this model, not more than `most`.
+pub(crate) fn token_ids(
+    name: &str,
+    ids: Raw,
+    model: &Model,
+    most: usize,
+    too_many: impl Fn() -> ApiError,
+) -> Result<Vec<TokenId>, ApiError> {
+    let mut read = Vec::new();
+    fields::each(name, "a list of token ids", ids, |at, id| {
+        if at == most {
+            return Err(too_many());
+        }
+        let known = id.get().parse::<TokenId>().ok().filter(|&id| id < model.vocab);
+        let known = known.ok_or_else(|| {
+            let said: String = id.get().chars().take(32).collect();
+            ApiError::invalid(name, format!("{said} in {name} is not a token id below {}", model.vocab))
+        })?;
+        read.push(known);
+        Ok(())
+    })?;
+    Ok(read)
 }
 
 fn take_class(fields: &mut Fields) -> Result<ServiceClass, ApiError> {

@@ -75,7 +75,7 @@ impl Api {
 
     /// An answer of these tokens, ended by its length.
     fn saying(text: &str) -> Api {
-        let ids = model().encode(text).expect("it encodes");
+        let ids = model().encode(text, true).expect("it encodes");
         let mut events = vec![GenerateEvent::Routed(Route { prefill: "p".into(), decode: "d".into() })];
         for (position, &token) in (0..).zip(&ids) {
             let top = vec![(token, -0.5), (token + 1, -1.5)];
@@ -216,6 +216,20 @@ async fn wrong_parameters_get_400_that_names_them() {
         (json!({ "service_tier": "flex" }), "unsupported_parameter", "service_tier"),
         (json!({ "service_tier": "gold" }), "invalid_value", "service_tier"),
         (json!({ "chat_template_kwargs": 3 }), "invalid_value", "chat_template_kwargs"),
+        (json!({ "chat_template": "{{ 1 }}" }), "unsupported_parameter", "chat_template"),
+        (json!({ "best_of": 2 }), "unsupported_parameter", "best_of"),
+        (json!({ "user": 7 }), "invalid_value", "user"),
+        (json!({ "temperature": "hot" }), "invalid_value", "temperature"),
+        (
+            json!({ "messages": [{ "role": "tool", "content": "4" }] }),
+            "invalid_value",
+            "messages[0].tool_call_id",
+        ),
+        (
+            json!({ "messages": [{ "role": "user", "content": "x".repeat(9_000) }] }),
+            "context_length_exceeded",
+            "messages",
+        ),
     ];
     for (extra, code, param) in chat {
         let reply = api.chat(extra.clone()).await;
@@ -236,8 +250,11 @@ async fn wrong_parameters_get_400_that_names_them() {
         (json!({ "prompt": vec!["a"; 257] }), "invalid_value", "prompt"),
         (json!({ "logprobs": 6 }), "invalid_value", "logprobs"),
         (json!({ "logprobs": true }), "invalid_value", "logprobs"),
-        (json!({ "echo": true }), "unsupported_parameter", "echo"),
-        (json!({ "best_of": 2 }), "unsupported_parameter", "best_of"),
+        (json!({ "echo": 1 }), "invalid_value", "echo"),
+        (json!({ "best_of": 0 }), "invalid_value", "best_of"),
+        (json!({ "best_of": 2, "n": 3 }), "invalid_value", "best_of"),
+        (json!({ "best_of": 2, "stream": true }), "invalid_value", "best_of"),
+        (json!({ "max_tokens": -1 }), "invalid_value", "max_tokens"),
         (json!({ "suffix": "x" }), "unsupported_parameter", "suffix"),
     ];
     for (extra, code, param) in completions {
@@ -262,17 +279,7 @@ fn check_error(reply: &Reply, status: u16, code: &str, param: Option<&str>, what
 #[tokio::test]
 async fn bodies_that_are_not_a_json_object_are_refused() {
     let api = Api::saying("ok");
-    for body in [
-        "",
-        "{",
-        "[]",
-        "7",
-        "null",
-        "{\"model\": \"tiny\"} x",
-        "\u{feff}{}",
-        "{\"a\": 1, \"a\": 2}",
-        "{'a': 1}",
-    ] {
+    for body in ["", "{", "[]", "7", "null", "{\"model\": \"tiny\"} x", "{\"a\": 1, \"a\": 2}", "{'a': 1}"] {
         let reply = api.post("/v1/chat/completions", body.to_owned()).await;
         check_error(&reply, 400, "invalid_json", None, body);
     }
@@ -454,4 +461,162 @@ async fn the_clients_request_id_comes_back_if_it_is_sane_and_the_route_if_it_is_
     assert_eq!(reply.headers["x-request-id"].len(), 32);
     assert!(!reply.headers.contains_key("x-tandem-route"));
     assert_ne!(send(&"x".repeat(200), false).await.headers["x-request-id"].len(), 200);
+}
+
+#[tokio::test]
+async fn an_echo_begins_with_the_prompt_and_its_scores() {
+    let api = Api::saying("one two");
+    let body = api.complete(json!({ "prompt": "zero ", "echo": true, "stop": ["zero"] })).await.json();
+    assert_eq!(body["choices"][0]["text"], "zero one two", "stop strings are looked for in the answer only");
+    assert_eq!(api.last_asked().score_prompt, None);
+
+    let prompt = api.model.encode("zero", true).expect("it encodes");
+    let scored = |i: usize| Sampled {
+        token: prompt[i],
+        logprob: (i > 0).then_some(-0.25),
+        top: if i > 0 { vec![(prompt[i], -0.25), (1, -3.0)] } else { vec![] },
+    };
+    let drawn = Sampled { token: prompt[0], logprob: Some(-1.0), top: vec![(prompt[0], -1.0)] };
+    let usage = Usage { prompt_tokens: prompt.len() as u32, cached_tokens: 0, output_tokens: 1 };
+    let events = vec![
+        GenerateEvent::Scored((0..prompt.len()).map(scored).collect()),
+        GenerateEvent::Token { position: 0, sampled: drawn },
+        GenerateEvent::Finished { reason: FinishReason::Length, usage },
+    ];
+    let api = Api::new(events);
+    let ask = json!({ "prompt": "zero", "echo": true, "logprobs": 1, "max_tokens": 1 });
+    let body = api.complete(ask.clone()).await.json();
+    assert_eq!(api.last_asked().score_prompt, Some(1));
+    let logprobs = &body["choices"][0]["logprobs"];
+    let many = prompt.len() + 1;
+    assert_eq!(logprobs["tokens"].as_array().map(Vec::len), Some(many));
+    assert_eq!(logprobs["token_logprobs"][0], Value::Null, "nothing stands before the first token");
+    assert_eq!(logprobs["top_logprobs"][0], Value::Null);
+    assert_eq!(logprobs["token_logprobs"][1], json!(-0.25));
+    assert_eq!(logprobs["top_logprobs"][1].as_object().map(serde_json::Map::len), Some(1));
+    assert_eq!(logprobs["token_logprobs"][many - 1], json!(-1.0));
+    assert_eq!(body["usage"]["completion_tokens"], json!(1));
+
+    // The same in a stream.
+    let mut ask = ask;
+    ask["stream"] = json!(true);
+    let reply = api.complete(ask.clone()).await;
+    let events = reply.events();
+    let chunks = events.iter().filter_map(|event| serde_json::from_str::<Value>(event).ok());
+    let tokens: usize =
+        chunks.filter_map(|c| c["choices"][0]["logprobs"]["tokens"].as_array().map(Vec::len)).sum();
+    assert_eq!(tokens, many);
+
+    // A prompt that is only scored: the token on the way is nobody's.
+    ask["stream"] = json!(false);
+    ask["max_tokens"] = json!(0);
+    let body = api.complete(ask).await.json();
+    assert_eq!(api.last_asked().stop.max_tokens, 1);
+    assert_eq!(body["choices"][0]["text"], "zero");
+    assert_eq!(body["choices"][0]["finish_reason"], "length");
+    assert_eq!(body["choices"][0]["logprobs"]["tokens"].as_array().map(Vec::len), Some(prompt.len()));
+    assert_eq!(body["usage"]["completion_tokens"], json!(0));
+}
+
+#[tokio::test]
+async fn no_tokens_need_no_worker() {
+    let api = Api::new(vec![GenerateEvent::Failed(DispatchError::Draining)]);
+    let body = api.complete(json!({ "prompt": ["a", "b"], "echo": true, "max_tokens": 0 })).await.json();
+    assert_eq!((&body["choices"][0]["text"], &body["choices"][1]["text"]), (&json!("a"), &json!("b")));
+    assert_eq!(body["choices"][1]["finish_reason"], "length");
+    assert_eq!(body["usage"]["completion_tokens"], 0);
+}
+
+/// Answers each choice with one token of its own log probability.
+struct Rated;
+
+#[async_trait]
+impl Generate for Rated {
+    async fn start(&self, request: GenerateRequest) -> Result<Generation, DispatchError> {
+        let choice = request.choice.0;
+        assert_eq!(request.sampling.logprobs, Some(0), "choices cannot be compared without");
+        let logprob = Some([-2.0, -0.5, -1.0][choice as usize]);
+        let (send, events) = mpsc::channel(2);
+        let sampled = Sampled { token: 40 + choice, logprob, top: Vec::new() };
+        let usage = Usage { prompt_tokens: 1, cached_tokens: 0, output_tokens: 1 };
+        let finished = GenerateEvent::Finished { reason: FinishReason::Length, usage };
+        for event in [GenerateEvent::Token { position: 0, sampled }, finished] {
+            send.try_send(event).expect("room for all");
+        }
+        Generation::begin(events).await
+    }
+}
+
+#[tokio::test]
+async fn the_likeliest_of_best_of_are_given_and_all_are_counted() {
+    let model = model();
+    let options = Options { request_deadline: Duration::from_secs(60), body_bytes_max: 10_000 };
+    let api =
+        Api { routes: routes(model.clone(), Rated, options), model: model.clone(), asked: Arc::default() };
+    let ask = json!({ "prompt": ["a", "b"], "best_of": 3, "n": 2, "return_token_ids": true });
+    let body = api.complete(ask).await.json();
+    let ids: Vec<&Value> =
+        body["choices"].as_array().expect("choices").iter().map(|choice| &choice["token_ids"][0]).collect();
+    assert_eq!(ids, [&json!(41), &json!(42), &json!(41), &json!(42)]);
+    assert_eq!(body["choices"][3]["index"], 3);
+    assert_eq!(body["choices"][0]["logprobs"], Value::Null, "nobody asked for them");
+    assert_eq!(body["usage"]["completion_tokens"], 6);
+}
+
+#[tokio::test]
+async fn texts_and_chats_become_tokens_and_text_again() {
+    let api = Api::saying("ok");
+    let ask = json!({ "prompt": "The cat sees.", "return_token_strs": true });
+    let body = api.post("/tokenize", ask.to_string()).await.json();
+    let tokens = api.model.encode("The cat sees.", true).expect("it encodes");
+    assert_eq!((&body["tokens"], &body["count"]), (&json!(tokens), &json!(tokens.len())));
+    assert_eq!(body["max_model_len"], 2048);
+    assert_eq!(body["token_strs"].as_array().map(Vec::len), Some(tokens.len()));
+    let text = api.post("/detokenize", json!({ "tokens": tokens }).to_string()).await.json();
+    assert_eq!(text["prompt"], "The cat sees.");
+
+    let messages = json!([{ "role": "user", "content": "hi" }]);
+    let chat =
+        api.post("/tokenize", json!({ "model": "tiny", "messages": messages }).to_string()).await.json();
+    api.chat(json!({ "messages": messages })).await;
+    assert_eq!(chat["tokens"], json!(&*api.last_asked().prompt), "as the same chat would be prefilled");
+
+    for (path, ask, code, param) in [
+        ("/tokenize", json!({}), "invalid_value", "prompt"),
+        ("/tokenize", json!({ "prompt": 7 }), "invalid_value", "prompt"),
+        ("/detokenize", json!({}), "invalid_value", "tokens"),
+        ("/detokenize", json!({ "tokens": [100_000] }), "invalid_value", "tokens"),
+        ("/detokenize", json!({ "tokens": vec![1; 2049] }), "context_length_exceeded", "tokens"),
+    ] {
+        let reply = api.post(path, ask.to_string()).await;
+        check_error(&reply, 400, code, Some(param), &format!("{path} {ask}"));
+    }
+    let reply = api.post("/tokenize", json!({ "prompt": "a", "model": "other" }).to_string()).await;
+    check_error(&reply, 404, "model_not_found", Some("model"), "another model");
+}
+
+#[tokio::test]
+async fn bodies_are_read_as_their_text_says() {
+    let api = Api::saying("ok");
+    let marked = format!("\u{feff}{}", chat_body());
+    assert_eq!(api.post("/v1/chat/completions", marked).await.status, 200, "a byte order mark is ignored");
+    let mut unknown = chat_body();
+    unknown["__proto__"] = json!({ "a": [[[1]]] });
+    unknown["max_tokens"] = Value::Null;
+    assert_eq!(api.post("/v1/chat/completions", unknown.to_string()).await.status, 200);
+    let twice = r#"{"model": "tiny", "messages": [{"role": "user", "role": "system", "content": "x"}]}"#;
+    check_error(&api.post("/v1/chat/completions", twice).await, 400, "invalid_json", None, "twice within");
+    let deep = format!(r#"{{"model": "tiny", "x": {}{}}}"#, "[".repeat(64), "]".repeat(64));
+    check_error(&api.post("/v1/chat/completions", deep).await, 400, "invalid_json", None, "too deep");
+    let many: Vec<String> = (0..1025).map(|i| format!("\"k{i}\":0")).collect();
+    let many = format!("{{{}}}", many.join(","));
+    check_error(&api.post("/v1/chat/completions", many).await, 400, "invalid_json", None, "too many keys");
+    for number in ["1e400", "-1e400", "99999999999999999999"] {
+        let body = chat_body().to_string().replacen('{', &format!("{{\"temperature\": {number},"), 1);
+        let reply = api.post("/v1/chat/completions", body).await;
+        assert_eq!(reply.status, 400, "{number}: {}", reply.text);
+    }
+    let half = r#"{"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]}"#;
+    let reply = api.post("/v1/chat/completions", half).await;
+    check_error(&reply, 400, "invalid_value", Some("messages[0].content"), "half a character");
 }

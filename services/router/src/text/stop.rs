@@ -16,11 +16,11 @@ impl StopStrings {
 
     /// Takes text in. Returns what can be given out now, and the stop string if one is complete: then nothing
     /// after it belongs to the answer.
-    pub(crate) fn push(&mut self, text: &str) -> (String, Option<String>) {
+    pub(crate) fn push(&mut self, text: String) -> (String, Option<String>) {
         if self.stops.is_empty() {
-            return (text.to_owned(), None);
+            return (text, None);
         }
-        self.held.push_str(text);
+        self.held.push_str(&text);
         // The one that begins first; of those, the first listed.
         let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)));
         if let Some((at, stop)) = found.min_by_key(|(at, _)| *at) {
@@ -62,7 +62,7 @@ mod tests {
         let mut matcher = StopStrings::new(stops.iter().map(|s| s.to_string()).collect(), include);
         let mut text = String::new();
         for piece in pieces {
-            let (out, stop) = matcher.push(piece);
+            let (out, stop) = matcher.push(piece.clone());
             text.push_str(&out);
             if stop.is_some() {
                 return (text, stop);
