@@ -19,5 +19,5 @@ mod tasks;
 pub mod telemetry;
 
 pub use drain::Shutdown;
-pub use process::{ProcessFacts, process_facts};
+pub use process::{ProcessFacts, process_facts, raise_file_limit};
 pub use tasks::Tasks;

@@ -35,6 +35,24 @@ pub fn process_facts() -> ProcessFacts {
     }
 }
 
+/// Lets this process open as many files as the system allows it: every connection is one, and the limit that
+/// shells set is a thousand.
+pub fn raise_file_limit() {
+    let mut limit = MaybeUninit::<libc::rlimit>::uninit();
+    // SAFETY: the call fills the struct that it is given, or says that it did not.
+    let known = unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, limit.as_mut_ptr()) } == 0;
+    if !known {
+        return;
+    }
+    // SAFETY: filled above.
+    let mut limit = unsafe { limit.assume_init() };
+    limit.rlim_cur = limit.rlim_max;
+    // SAFETY: a whole struct, read only.
+    if unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit) } != 0 {
+        tracing::debug!("the limit of open files stays as it is");
+    }
+}
+
 /// The argument list with the program and every existing path made absolute.
 fn command(
     arguments: impl Iterator<Item = OsString>,

@@ -108,7 +108,7 @@ async fn every_process_answers_the_same_questions() {
 }
 
 fn with(header_timeout: Duration, grace: Duration) -> Limits {
-    Limits { connections_max: 1, header_timeout, grace }
+    Limits { connections_max: 1, header_timeout, grace, ..Limits::default() }
 }
 
 #[tokio::test]

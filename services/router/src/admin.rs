@@ -126,7 +126,7 @@ async fn cluster(State(subject): State<Arc<RouterSubject>>) -> Json<Value> {
 }
 
 async fn request(State(subject): State<Arc<RouterSubject>>, Path(id): Path<String>) -> Response {
-    match subject.records.find(&id) {
+    match subject.records.find(&id, subject.dispatcher.policy()) {
         Some(record) => Json(record).into_response(),
         None => {
             let message = format!("no recent request is called {id:?}; the last 1000 are kept");

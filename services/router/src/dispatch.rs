@@ -14,7 +14,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use serde_json::json;
 use tandem_chassis::config::Slo;
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_placement::admission::{self, Limits, Verdict};
@@ -22,13 +21,13 @@ use tandem_placement::planner::Observer;
 use tandem_placement::{Candidate, Policy};
 use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
-use tandem_types::{BlockHash, FinishReason, Sampled, ServiceClass, Time, Usage, WorkerId, WorkerState};
+use tandem_types::{BlockHash, FinishReason, ServiceClass, Time, TokenId, Usage, WorkerId, WorkerState};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Instrument;
 
 use crate::link::{Leg, LegEvent, Link};
 use crate::metrics::Metrics;
-use crate::records::{Record, Records};
+use crate::records::{Note, Record, Records};
 use crate::request::{DispatchError, GenerateEvent, GenerateRequest, Generation, PromptShare, Route};
 use crate::workers::Workers;
 use round::{Again, Round, broken_after_delta, broken_before_delta, finish};
@@ -108,6 +107,10 @@ impl Dispatcher {
         if self.shutdown.is_draining() {
             return Err(DispatchError::Draining);
         }
+        if request.score_prompt.is_some() {
+            let message = "log probabilities of the prompt (echo with logprobs) are not in this version";
+            return Err(DispatchError::Unsupported(message.into()));
+        }
         let overloaded = DispatchError::Overloaded { retry_after: Duration::from_secs(1) };
         let permit = self.queue.clone().try_acquire_owned().map_err(|_| overloaded)?;
         let candidates = self.workers.candidates().1;
@@ -180,6 +183,11 @@ impl Dispatcher {
         DispatchError::NoWorker { message: format!("none of the {known} known workers takes work now") }
     }
 
+    /// Who chooses.
+    pub(crate) fn policy(&self) -> &dyn Policy {
+        &*self.policy
+    }
+
     /// Requests that no worker has begun yet.
     pub fn waiting(&self) -> usize {
         self.queue_max - self.queue.available_permits()
@@ -210,7 +218,8 @@ struct Course {
     request: GenerateRequest,
     out: mpsc::Sender<GenerateEvent>,
     queued: Option<OwnedSemaphorePermit>,
-    delivered: Vec<Sampled>,
+    /// What the client has, for whoever goes on.
+    delivered: Vec<TokenId>,
     cached_tokens: u32,
     attempt: u32,
     faults: u32,
@@ -248,13 +257,13 @@ impl Course {
         let metrics = &self.dispatcher.metrics;
         let event = match ended {
             None => {
-                self.record.end("the client left");
+                self.record.note(Note::End("the client left".into()));
                 metrics.observe_end(self.request.arrived, decoding, &usage, "abort");
                 return;
             }
             Some(Ok(reason)) => {
                 let word = if reason == FinishReason::Length { "length" } else { "stop" };
-                self.record.end(word);
+                self.record.note(Note::End(word.into()));
                 metrics.observe_end(self.request.arrived, decoding, &usage, word);
                 self.dispatcher.count_answers(0.0, 1.0);
                 self.observe_targets(decoding);
@@ -262,7 +271,7 @@ impl Course {
             }
             Some(Err(error)) => {
                 tracing::warn!(request = self.request.name, %error, "request failed");
-                self.record.end(&error.to_string());
+                self.record.note(Note::End(error.to_string()));
                 metrics.observe_end(self.request.arrived, decoding, &usage, "error");
                 GenerateEvent::Failed(error)
             }
@@ -292,9 +301,9 @@ impl Course {
     }
 
     /// Counts a placement that came to nothing; an error if it was the last that is allowed.
-    fn count(&mut self, what: &str, again: Again) -> Result<(), DispatchError> {
+    fn count(&mut self, what: &'static str, again: Again) -> Result<(), DispatchError> {
         let Again { avoid, fault, why, .. } = again;
-        self.record.note(what, json!({ "why": why, "fault": fault }));
+        self.record.note(Note::Again { what, why: why.clone(), fault });
         self.dispatcher.metrics.observe_retry(fault);
         self.avoid.extend(avoid);
         self.faults += u32::from(fault);
@@ -522,9 +531,8 @@ impl Course {
         self.dispatcher.count_answers(delta.tokens.len() as f64, 0.0);
         for (i, &token) in delta.tokens.iter().enumerate() {
             let position = delta.position as usize + i;
-            let sampled = convert::sampled(token, delta.logprobs.get(i));
             if let Some(known) = self.delivered.get(position) {
-                if known.token != token {
+                if *known != token {
                     self.dispatcher.metrics.observe_divergence();
                     tracing::error!(request = self.request.name, worker = %from, position, "a leg diverged");
                     let why = format!("{from} sent another token at position {position}");
@@ -536,7 +544,8 @@ impl Course {
                 let why = format!("{from} left out positions {} to {position}", self.delivered.len());
                 return Err(Round::Again(Again::new(Some(from.clone()), true, why)));
             }
-            self.delivered.push(sampled.clone());
+            self.delivered.push(token);
+            let sampled = convert::sampled(token, delta.logprobs.get(i));
             let now = seam::now();
             self.first_token.get_or_insert(now);
             let since = self.last_token.replace(now).unwrap_or(self.request.arrived);
@@ -575,7 +584,7 @@ impl Course {
     fn ends_with_last(&self) -> bool {
         let Some(last) = self.delivered.last() else { return false };
         let (stop, drawn) = (&self.request.stop, self.delivered.len() as u32);
-        let stops = stop.eos.contains(&last.token) || stop.stop_token_ids.contains(&last.token);
+        let stops = stop.eos.contains(last) || stop.stop_token_ids.contains(last);
         drawn >= stop.max_tokens || (stops && drawn > stop.min_tokens)
     }
 

@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use tandem_chassis::metrics::{self, HistogramVec, IntCounterVec, IntGaugeVec, Registry};
+use tandem_chassis::metrics::{
+    self, Histogram, HistogramVec, IntCounter, IntCounterVec, IntGaugeVec, Registry,
+};
 use tandem_chassis::seam;
 use tandem_types::{Role, Time, Usage, WorkerState};
 
@@ -12,13 +14,13 @@ pub(crate) struct Metrics {
     registry: Registry,
     running: IntGaugeVec,
     waiting: IntGaugeVec,
-    first_token: HistogramVec,
-    between_tokens: HistogramVec,
+    first_token: Histogram,
+    between_tokens: Histogram,
     per_output_token: HistogramVec,
     whole: HistogramVec,
     queue: HistogramVec,
     prompt_tokens: IntCounterVec,
-    generation_tokens: IntCounterVec,
+    generation_tokens: IntCounter,
     success: IntCounterVec,
     requests: IntCounterVec,
     shed: IntCounterVec,
@@ -59,13 +61,15 @@ impl Metrics {
                 "from taking a request in to its first token",
                 &[],
                 metrics::TIME_TO_FIRST_TOKEN_SECONDS,
-            ),
+            )
+            .with_label_values::<&str>(&[]),
             between_tokens: vllm.histogram(
                 "vllm:inter_token_latency_seconds",
                 "between two tokens of an answer",
                 &[],
                 metrics::TIME_PER_OUTPUT_TOKEN_SECONDS,
-            ),
+            )
+            .with_label_values::<&str>(&[]),
             per_output_token: ours.histogram(
                 "tandem_time_per_output_token_seconds",
                 "mean time per token after the first, one value per request",
@@ -89,7 +93,9 @@ impl Metrics {
                 "prompt tokens of requests that ended",
                 &[],
             ),
-            generation_tokens: vllm.counter("vllm:generation_tokens_total", "tokens delivered", &[]),
+            generation_tokens: vllm
+                .counter("vllm:generation_tokens_total", "tokens delivered", &[])
+                .with_label_values::<&str>(&[]),
             success,
             requests: ours.counter("tandem_requests_total", "requests by how they ended", &["code"]),
             shed: ours.counter("tandem_requests_shed_total", "requests refused at the door", &["reason"]),
@@ -167,8 +173,8 @@ impl Metrics {
 
     pub(crate) fn observe_token(&self, first: bool, since_last: Duration) {
         let histogram = if first { &self.first_token } else { &self.between_tokens };
-        histogram.with_label_values::<&str>(&[]).observe(since_last.as_secs_f64());
-        self.generation_tokens.with_label_values::<&str>(&[]).inc();
+        histogram.observe(since_last.as_secs_f64());
+        self.generation_tokens.inc();
     }
 
     pub(crate) fn observe_retry(&self, fault: bool) {

@@ -64,6 +64,17 @@ pub enum Stream {
     Simulated(DuplexStream),
 }
 
+impl Stream {
+    /// Until there may be something to read, or the other end has closed.
+    pub async fn readable(&self) -> io::Result<()> {
+        match self {
+            Stream::Tcp(stream) => stream.readable().await,
+            // It has no such word; whoever reads waits then.
+            Stream::Simulated(_) => Ok(()),
+        }
+    }
+}
+
 impl From<TcpStream> for Stream {
     fn from(stream: TcpStream) -> Stream {
         Stream::Tcp(stream)

@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`.
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::body::Body;
 use axum::extract::State;
@@ -12,6 +12,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 use tandem_chassis::seam;
 use tandem_types::{Sampled, TokenId};
+use tokio::sync::Semaphore;
 
 use super::answer::{Answer, Finish, Piece, StopReason, Usage, ids, json_logprob};
 use super::error::ApiError;
@@ -213,14 +214,18 @@ pub(super) async fn encode(model: &Arc<Model>, chat: Chat) -> Result<Arc<[TokenI
     Ok(ids.into())
 }
 
-/// Runs at once what is short, and on a thread for such work what is long.
+/// Runs at once what is short, and on a thread for such work what is long: on as many as there are processors, for
+/// each of them keeps memory for its longest text.
 pub(super) async fn off_network<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    if bytes < 4096 {
+    static THREADS: LazyLock<Semaphore> =
+        LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+    if bytes < 8192 {
         return Ok(work());
     }
+    let _turn = THREADS.acquire().await.expect("it is never closed");
     let done = tokio::task::spawn_blocking(work).await;
     done.map_err(|_| crate::request::DispatchError::Internal("tokenizing panicked".into()).into())
 }

@@ -76,6 +76,11 @@ impl ApiError {
         ApiError::new(StatusCode::METHOD_NOT_ALLOWED, INVALID, "method_not_allowed", message)
     }
 
+    /// A head that is not as HTTP wants it.
+    pub(crate) fn bad_head(message: &str) -> ApiError {
+        ApiError::new(StatusCode::BAD_REQUEST, INVALID, "invalid_request", message)
+    }
+
     pub(crate) fn unsupported_media(what: &str) -> ApiError {
         let message = format!("the body has {what}");
         ApiError::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, INVALID, "unsupported_media_type", message)

@@ -19,9 +19,9 @@ use std::time::Duration;
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::Request;
-use axum::http::{HeaderMap, HeaderValue, header};
+use axum::http::{HeaderMap, HeaderValue, Method, Version, header};
 use axum::middleware::{self, Next};
-use axum::response::Response;
+use axum::response::{IntoResponse, Response};
 use bytes::BytesMut;
 use http_body_util::BodyExt;
 use tandem_chassis::seam;
@@ -71,13 +71,48 @@ pub(crate) struct RequestName(pub(crate) String);
 
 const REQUEST_ID: &str = "x-request-id";
 
+/// What the parser of HTTP lets through and nobody should rely on: two parties might read it in two ways.
+fn check_head(request: &Request) -> Result<(), ApiError> {
+    let (headers, method) = (request.headers(), request.method());
+    if matches!(*method, Method::TRACE | Method::CONNECT) {
+        return Err(ApiError::method_not_allowed(method));
+    }
+    let mut hosts = headers.get_all(header::HOST).iter();
+    let host = hosts.next().map(|host| host.to_str().unwrap_or_default());
+    let sane =
+        |host: &str| host.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'));
+    let needed = request.version() == Version::HTTP_11 && request.uri().authority().is_none();
+    match host {
+        _ if hosts.next().is_some() => return Err(ApiError::bad_head("there is more than one Host header")),
+        Some(host) if !sane(host) => return Err(ApiError::bad_head("the Host header names no host")),
+        None if needed => return Err(ApiError::bad_head("the Host header is missing")),
+        _ => {}
+    }
+    let codings: Vec<_> = headers.get_all(header::TRANSFER_ENCODING).iter().collect();
+    if codings.len() > 1 || codings.iter().any(|coding| !coding.as_bytes().eq_ignore_ascii_case(b"chunked")) {
+        return Err(ApiError::bad_head("Transfer-Encoding may be chunked, once, and nothing else"));
+    }
+    if !codings.is_empty() && headers.contains_key(header::CONTENT_LENGTH) {
+        return Err(ApiError::bad_head("Content-Length and Transfer-Encoding exclude each other"));
+    }
+    Ok(())
+}
+
 async fn name_request(mut request: Request, next: Next) -> Response {
     let given = request.headers().get(REQUEST_ID).and_then(|value| value.to_str().ok());
     let sane =
         |name: &&str| (1..=128).contains(&name.len()) && name.bytes().all(|b| (0x21..0x7f).contains(&b));
     let name = given.filter(sane).map_or_else(|| format!("{:032x}", seam::random_u128()), str::to_owned);
     request.extensions_mut().insert(RequestName(name.clone()));
-    let mut response = next.run(request).await;
+    let mut response = match check_head(&request) {
+        Ok(()) => next.run(request).await,
+        Err(error) => {
+            // Where the next request begins is not certain any more.
+            let mut response = error.into_response();
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+            response
+        }
+    };
     let value = HeaderValue::from_str(&name).expect("it is printable ASCII");
     response.headers_mut().insert(REQUEST_ID, value);
     response

@@ -87,7 +87,8 @@ impl Api {
         Api::new(events)
     }
 
-    async fn send(&self, request: Request<Body>) -> Reply {
+    async fn send(&self, mut request: Request<Body>) -> Reply {
+        request.headers_mut().entry("host").or_insert(http::HeaderValue::from_static("localhost"));
         let response = self.routes.clone().oneshot(request).await.expect("infallible");
         let (parts, body) = response.into_parts();
         let bytes = body.collect().await.expect("a body").to_bytes();

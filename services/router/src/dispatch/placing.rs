@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use serde_json::json;
 use tandem_chassis::seam;
 use tandem_placement::{Candidate, Held};
 use tandem_proto::{convert, v1};
@@ -13,9 +12,7 @@ use super::Course;
 use super::round::{Again, Round};
 use crate::link::{Leg, Link};
 use crate::prefixes;
-
-/// Candidates that a record keeps.
-const CANDIDATES_KEPT: usize = 32;
+use crate::records::Note;
 
 /// At least one.
 fn whole_ms(time: Duration) -> u32 {
@@ -59,25 +56,24 @@ impl Course {
         let mut request = self.facts();
         let began = seam::now();
         request.held = self.look_up(&links);
-        let policy = &self.dispatcher.policy;
+        let dispatcher = self.dispatcher.clone();
+        let policy = &*dispatcher.policy;
         let route = policy.choose(&request, &candidates);
         let took = seam::now().since(began);
-        let chosen =
-            route.map(|r| json!({ "prefill": links[r.prefill].worker, "decode": links[r.decode].worker }));
-        let why = policy.explain(&request, &candidates);
-        let kept = &candidates[..candidates.len().min(CANDIDATES_KEPT)];
-        self.record.note(
-            "route",
-            json!({
-                "request": request,
-                "candidates": kept,
-                "candidates_in_all": candidates.len(),
-                "chosen": chosen,
-                "reason": why.reason,
-                "considered": why.considered,
-            }),
-        );
-        let route = route?;
+        if let Some(route) = route {
+            self.observe_route(&request, &candidates, route, took);
+        }
+        self.record.note(Note::route(policy, request, candidates, route));
+        Some((route?, links))
+    }
+
+    fn observe_route(
+        &mut self,
+        request: &tandem_placement::Request,
+        candidates: &[Candidate],
+        route: tandem_placement::Route,
+        took: Duration,
+    ) {
         let metrics = &self.dispatcher.metrics;
         metrics.observe_decision(route.prefill == route.decode, took);
         let at = |held: &&Held| held.candidate == route.prefill;
@@ -101,7 +97,6 @@ impl Course {
                 waited + prefill.timely_seconds + step / 2.0 + compute
             });
         }
-        Some((route, links))
     }
 
     /// What workers hold of the prompt, by index of their links.
@@ -138,8 +133,7 @@ impl Course {
         let (links, candidates) = self.candidates();
         let at = links.iter().position(|link| link.worker == *prefill);
         let chosen = self.dispatcher.policy.choose_decode(&self.facts(), &candidates, at);
-        let kept = &candidates[..candidates.len().min(CANDIDATES_KEPT)];
-        self.record.note("decode", json!({ "candidates": kept, "chosen": chosen.map(|i| &links[i].worker) }));
+        self.record.note(Note::decode(candidates, chosen));
         chosen.map(|index| links[index].clone())
     }
 
@@ -155,7 +149,7 @@ impl Course {
         let request = &self.request;
         let now = seam::now();
         let mut tokens = request.prompt.to_vec();
-        tokens.extend(self.delivered.iter().map(|s| s.token));
+        tokens.extend(&self.delivered);
         if let Some(handle) = &handle {
             tokens.truncate(handle.tokens as usize);
         }
@@ -195,10 +189,7 @@ impl Course {
             ttft_target_ms: targets.map(|slo| whole_ms(slo.ttft)),
             tpot_target_ms: targets.map(|slo| whole_ms(slo.tpot)),
         };
-        self.record.note(
-            "start",
-            json!({ "worker": link.worker, "attempt": self.attempt, "until": until.as_str_name() }),
-        );
+        self.record.note(Note::Start { worker: link.worker.clone(), attempt: self.attempt, until });
         link.open(start)
             .map_err(|error| Round::Again(Again::new(Some(link.worker.clone()), false, error.to_string())))
     }

@@ -153,7 +153,7 @@ mod tests {
         for model in [model(), by_window()] {
             let vocab = model.vocab;
             proptest!(ProptestConfig::with_cases(300), |(ids in prop::collection::vec(0..vocab, 0..60), skip: bool)| {
-                let reference = model.tokenizer.decode(&ids, skip).unwrap();
+                let reference = model.encoder.tokenizer().decode(&ids, skip).unwrap();
                 prop_assert_eq!(&whole(&model, &ids, skip), &reference);
                 prop_assert_eq!(&model.decode(&ids, skip), &reference);
             });

@@ -1,0 +1,310 @@
+//! From text to tokens, word by word from memory where that gives the same tokens.
+//!
+//! Byte-level BPE cuts a text into words before it merges anything, and the patterns in use all cut between what is
+//! no space and a space with a letter behind it. A text may therefore be cut there first, and tokens of the pieces
+//! looked up: most words have been seen before, and a tokenizer takes microseconds for each.
+
+use std::collections::HashMap;
+use std::path::Path;
+use std::sync::RwLock;
+
+use serde::Deserialize;
+use serde_json::Value;
+use tandem_chassis::seam;
+use tandem_types::TokenId;
+use tokenizers::Tokenizer;
+use xxhash_rust::xxh3::Xxh3Builder;
+
+/// Pieces remembered, in each of two generations: the older one is forgotten when the younger is full.
+const PIECES_MAX: usize = 32_768;
+/// Bytes of a piece that is remembered, at most.
+const PIECE_BYTES_MAX: usize = 64;
+
+/// A tokenizer, and what it has made of pieces of text.
+pub(super) struct Encoder {
+    tokenizer: Tokenizer,
+    /// `None` where pieces might have other tokens than the whole.
+    pieces: Option<RwLock<Pieces>>,
+    /// Tokens that begin and end every text.
+    frame: (Vec<TokenId>, Vec<TokenId>),
+}
+
+type Generation = HashMap<Box<str>, Box<[TokenId]>, Xxh3Builder>;
+
+struct Pieces {
+    young: Generation,
+    old: Generation,
+}
+
+impl Encoder {
+    /// `file` is the one that the tokenizer was read from.
+    pub(super) fn new(tokenizer: Tokenizer, file: &Path) -> Result<Encoder, String> {
+        let frame = frame(&tokenizer)?;
+        let facts = std::fs::read(file).map_err(|error| error.to_string())?;
+        let facts: Facts = serde_json::from_slice(&facts).map_err(|error| error.to_string())?;
+        let pieces = facts.cuts_at_words().then(|| RwLock::new(Pieces::new()));
+        Ok(Encoder { tokenizer, pieces, frame })
+    }
+
+    pub(super) fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// Tokens of a text; `add_special`: with those that begin and end every text.
+    pub(super) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, String> {
+        let Some(pieces) = &self.pieces else { return self.whole(text, add_special) };
+        let mut ids = Vec::with_capacity(text.len() / 3 + 8);
+        let mut new: Vec<(&str, Box<[TokenId]>)> = Vec::new();
+        if add_special {
+            ids.extend_from_slice(&self.frame.0);
+        }
+        {
+            let known = pieces.read().expect("nothing panics under this lock");
+            let mut rest = text;
+            while !rest.is_empty() {
+                let (piece, after) = rest.split_at(first_cut(rest));
+                rest = after;
+                if let Some(found) = known.young.get(piece) {
+                    ids.extend_from_slice(found);
+                    continue;
+                }
+                let found = match known.old.get(piece) {
+                    Some(found) => found.clone(),
+                    None => self.whole(piece, false)?.into_boxed_slice(),
+                };
+                ids.extend_from_slice(&found);
+                if piece.len() <= PIECE_BYTES_MAX {
+                    new.push((piece, found));
+                }
+            }
+        }
+        if add_special {
+            ids.extend_from_slice(&self.frame.1);
+        }
+        if !new.is_empty() {
+            pieces.write().expect("nothing panics under this lock").remember(new);
+        }
+        Ok(ids)
+    }
+
+    /// By the tokenizer itself.
+    pub(super) fn whole(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, String> {
+        let encoded = self.tokenizer.encode_fast(text, add_special);
+        encoded.map(|encoded| encoded.get_ids().to_vec()).map_err(|error| error.to_string())
+    }
+}
+
+impl Pieces {
+    fn new() -> Pieces {
+        // What lies in which bucket is nobody's to guess.
+        let generation = || Generation::with_hasher(Xxh3Builder::new().with_seed(seam::random_u64()));
+        Pieces { young: generation(), old: generation() }
+    }
+
+    fn remember(&mut self, new: Vec<(&str, Box<[TokenId]>)>) {
+        for (piece, ids) in new {
+            if self.young.len() >= PIECES_MAX {
+                std::mem::swap(&mut self.young, &mut self.old);
+                self.young.clear();
+            }
+            self.young.insert(piece.into(), ids);
+        }
+    }
+}
+
+/// Where a text may be cut first, in bytes: between what is no space and a space with a letter behind it.
+fn first_cut(text: &str) -> usize {
+    let bytes = text.as_bytes();
+    let mut at = 1;
+    while let Some(found) = bytes[at.min(bytes.len())..].iter().position(|&byte| byte == b' ') {
+        let space = at + found;
+        let before = text[..space].chars().next_back().expect("it does not begin there");
+        if !before.is_whitespace() && text[space + 1..].chars().next().is_some_and(is_letter) {
+            return space;
+        }
+        at = space + 1;
+    }
+    bytes.len()
+}
+
+/// Letters for certain (Unicode's category L), of alphabets that put spaces between words.
+fn is_letter(c: char) -> bool {
+    matches!(c,
+        'a'..='z' | 'A'..='Z'
+        | '\u{c0}'..='\u{d6}' | '\u{d8}'..='\u{f6}' | '\u{f8}'..='\u{24f}'
+        | '\u{400}'..='\u{481}' | '\u{48a}'..='\u{52f}')
+}
+
+/// What a tokenizer puts around every text.
+fn frame(tokenizer: &Tokenizer) -> Result<(Vec<TokenId>, Vec<TokenId>), String> {
+    let ids = |special| {
+        let encoded = tokenizer.encode_fast("a", special).map_err(|error| error.to_string());
+        encoded.map(|encoded| encoded.get_ids().to_vec())
+    };
+    let (with, without) = (ids(true)?, ids(false)?);
+    let at = with.windows(without.len().max(1)).position(|window| window == without);
+    match at {
+        Some(at) => Ok((with[..at].to_vec(), with[at + without.len()..].to_vec())),
+        None => Ok((Vec::new(), Vec::new())),
+    }
+}
+
+/// What of `tokenizer.json` decides about cuts.
+#[derive(Deserialize)]
+struct Facts {
+    #[serde(default)]
+    added_tokens: Vec<Added>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    model: ModelFacts,
+}
+
+#[derive(Deserialize)]
+struct Added {
+    content: String,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
+    #[serde(default)]
+    single_word: bool,
+}
+
+#[derive(Deserialize)]
+struct ModelFacts {
+    #[serde(default, rename = "type")]
+    kind: String,
+    #[serde(default)]
+    dropout: Option<f32>,
+}
+
+/// Patterns of words, as Qwen and as Llama 3 and GPT-4 have them. What GPT-2 had is a part of `ByteLevel`.
+const PATTERNS: [&str; 2] = [
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
+
+impl Facts {
+    fn cuts_at_words(&self) -> bool {
+        let plain = |token: &Added| {
+            !(token.lstrip || token.rstrip || token.single_word || token.content.contains(' '))
+        };
+        let composes = self.normalizer.is_null() || self.normalizer["type"] == "NFC";
+        let steps: Vec<&Value> = match self.pre_tokenizer["pretokenizers"].as_array() {
+            Some(steps) => steps.iter().collect(),
+            None => vec![&self.pre_tokenizer],
+        };
+        let cuts = |step: &&Value| match step["type"].as_str() {
+            Some("ByteLevel") => step["use_regex"] != false,
+            Some("Split") => {
+                step["pattern"]["Regex"].as_str().is_some_and(|pattern| PATTERNS.contains(&pattern))
+            }
+            _ => false,
+        };
+        let fits = |step: &&Value| match step["type"].as_str() {
+            Some("ByteLevel") => step["add_prefix_space"] == false,
+            Some("Split") => cuts(step) && step["behavior"] == "Isolated" && step["invert"] == false,
+            Some("Digits") => true,
+            _ => false,
+        };
+        self.model.kind == "BPE"
+            && self.model.dropout.is_none()
+            && composes
+            && self.added_tokens.iter().all(plain)
+            && steps.iter().all(fits)
+            && steps.iter().any(cuts)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    /// The committed ones: Qwen's and Llama's pattern, and GPT-2's with single digits.
+    fn encoders() -> Vec<Encoder> {
+        ["integration-tests/checkpoints/qwen3", "integration-tests/checkpoints/llama", "demo-model"]
+            .map(|dir| {
+                let file =
+                    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(dir).join("tokenizer.json");
+                Encoder::new(Tokenizer::from_file(&file).expect("it is committed"), &file)
+                    .expect("it is whole")
+            })
+            .into()
+    }
+
+    #[test]
+    fn pieces_have_the_tokens_of_the_whole() {
+        let encoders = encoders();
+        assert!(encoders.iter().all(|encoder| encoder.pieces.is_some()), "or nothing is tested");
+        // Everything that patterns tell apart, in any order.
+        let part = prop_oneof![
+            Just(" ".to_owned()),
+            Just("  ".to_owned()),
+            "[a-zA-Z]{1,9}",
+            "[ \t\r\n]{1,3}",
+            "[0-9]{1,5}",
+            "[.,:;!?'\"(){}<>|_-]{1,3}",
+            Just("'s".to_owned()),
+            Just("<|im_start|>".to_owned()),
+            Just("<|im_end|>".to_owned()),
+            Just("e\u{301}".to_owned()),
+            Just("\u{301}".to_owned()),
+            "[à-öø-ÿа-яÀ-Ö×÷]{1,4}",
+            "[日本語中文]{1,3}",
+            Just("🦀".to_owned()),
+            Just("\u{a0}".to_owned()),
+            Just("\u{2003}".to_owned()),
+            "\\PC{1,3}",
+        ];
+        let text = prop::collection::vec(part, 0..40).prop_map(|parts| parts.concat());
+        proptest!(ProptestConfig { cases: 300, failure_persistence: None, ..ProptestConfig::default() }, |(text in text, special: bool)| {
+            for encoder in &encoders {
+                let whole = encoder.whole(&text, special).expect("it encodes");
+                // From nothing, and then from memory.
+                prop_assert_eq!(&encoder.encode(&text, special).expect("it encodes"), &whole);
+                prop_assert_eq!(&encoder.encode(&text, special).expect("it encodes"), &whole);
+            }
+        });
+    }
+
+    #[test]
+    fn memory_is_bounded() {
+        let encoder = &encoders()[0];
+        for n in 0..(3 * PIECES_MAX as u64) / 1000 {
+            let text: String = (0..1000).map(|i| format!(" w{}", n * 1000 + i)).collect();
+            encoder.encode(&text, false).expect("it encodes");
+        }
+        let pieces = encoder.pieces.as_ref().expect("it cuts at words").read().expect("unpoisoned");
+        assert!(pieces.young.len() <= PIECES_MAX && pieces.old.len() <= PIECES_MAX);
+        assert!(pieces.old.len() + pieces.young.len() >= PIECES_MAX, "and something is remembered");
+    }
+
+    #[test]
+    fn what_cuts_otherwise_is_left_whole() {
+        let facts = |change: &dyn Fn(&mut Value)| {
+            let mut facts = serde_json::json!({
+                "added_tokens": [{ "content": "<s>" }],
+                "normalizer": null,
+                "pre_tokenizer": { "type": "ByteLevel", "add_prefix_space": false, "use_regex": true },
+                "model": { "type": "BPE", "dropout": null },
+            });
+            change(&mut facts);
+            serde_json::from_value::<Facts>(facts).expect("facts").cuts_at_words()
+        };
+        assert!(facts(&|_| {}));
+        assert!(!facts(&|f| f["added_tokens"][0]["rstrip"] = true.into()));
+        assert!(!facts(&|f| f["added_tokens"][0]["content"] = "a b".into()));
+        assert!(!facts(&|f| f["normalizer"] = serde_json::json!({ "type": "Lowercase" })));
+        assert!(!facts(&|f| f["pre_tokenizer"]["add_prefix_space"] = true.into()));
+        assert!(!facts(&|f| f["pre_tokenizer"]["use_regex"] = false.into()));
+        assert!(!facts(&|f| f["pre_tokenizer"] = Value::Null));
+        assert!(!facts(&|f| f["model"]["type"] = "Unigram".into()));
+        assert!(!facts(&|f| f["model"]["dropout"] = 0.1.into()));
+    }
+}
