@@ -125,6 +125,8 @@ async fn connection(
     loop {
         let look_again = progress.deadline(&limits, seam::now());
         tokio::select! {
+            // What has come is looked at before the clock is: this process may itself have been late.
+            biased;
             ended = &mut served => {
                 if let Err(error) = ended {
                     tracing::debug!(%error, "a connection broke");

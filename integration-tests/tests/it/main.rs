@@ -8,6 +8,7 @@
 //! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
 //! - `fleets`: real processes that are killed and stopped, and very many requests to them
 //! - `references`: checkpoints agree with their references through the API
+//! - `bad_inputs`: what nobody should send, row by row of `bad_inputs.toml`
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
 //! - `processes`: real processes, started by the real `tandem up`
@@ -15,6 +16,7 @@
 //! - `tracing`: one trace through every process
 //! - `openai`: the openai Python package, unmodified
 
+mod bad_inputs;
 mod broken;
 mod chaos;
 mod equality;

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, LazyLock};
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::response::{IntoResponse, Response};
@@ -43,17 +43,8 @@ async fn chat(
     body: Body,
 ) -> Result<Response, ApiError> {
     let body = read_body(&app, &headers, body).await?;
-    let mut fields = Fields::parse(&body)?;
-    let logprobs = take_logprobs(&mut fields)?;
-    let limits = [("max_completion_tokens", 1), ("max_tokens", 1)];
-    let parameters = Parameters::take(&mut fields, &app.model, &limits, logprobs)?;
-    if fields.has("best_of") {
-        return Err(ApiError::unsupported("best_of", "best_of is for /v1/completions"));
-    }
-    let chat = Chat::take(&mut fields, &app.model)?;
-    drop(fields);
-    drop(body);
-    let prompt = encode(&app.model, chat).await?;
+    let model = app.model.clone();
+    let (parameters, prompt) = off_network(body.len(), move || read(body, &model)).await??;
     let answer = Answer::begin(&app, &name, &headers, vec![prompt], None, &parameters, "messages").await?;
 
     let writer = Writer {
@@ -71,6 +62,22 @@ async fn chat(
     };
     add_route(&headers, route.as_ref(), &mut response);
     Ok(response)
+}
+
+/// From a body to a valid request.
+fn read(body: Bytes, model: &Model) -> Result<(Parameters, Arc<[TokenId]>), ApiError> {
+    let mut fields = Fields::parse(&body)?;
+    let logprobs = take_logprobs(&mut fields)?;
+    let limits = [("max_completion_tokens", 1), ("max_tokens", 1)];
+    let parameters = Parameters::take(&mut fields, model, &limits, logprobs)?;
+    if fields.has("best_of") {
+        return Err(ApiError::unsupported("best_of", "best_of is for /v1/completions"));
+    }
+    let chat = Chat::take(&mut fields, model)?;
+    // What follows needs memory of its own.
+    drop(fields);
+    drop(body);
+    Ok((parameters, chat.encode(model)?.into()))
 }
 
 /// `x-tandem-route`, if `x-tandem-debug: route` asks for it.
@@ -114,6 +121,16 @@ impl Chat {
             add_generation_prompt: fields.bool("add_generation_prompt")?.unwrap_or(true),
             extra: fields.map("chat_template_kwargs")?.unwrap_or_default(),
         })
+    }
+
+    /// As the model's template writes it, in tokens.
+    pub(super) fn encode(self, model: &Model) -> Result<Vec<TokenId>, ApiError> {
+        let ids = model.encode_chat(&self.messages, self.add_generation_prompt, &self.extra)?;
+        if ids.is_empty() {
+            let message = "the messages are empty once the template has written them";
+            return Err(ApiError::invalid("messages", message));
+        }
+        Ok(ids)
     }
 }
 
@@ -197,21 +214,6 @@ fn read_parts(i: usize, parts: Raw) -> Result<String, ApiError> {
         }
     })?;
     Ok(text)
-}
-
-/// Long chats are tokenized off the network threads.
-pub(super) async fn encode(model: &Arc<Model>, chat: Chat) -> Result<Arc<[TokenId]>, ApiError> {
-    let length: usize = chat.messages.iter().map(|m| m.content.len()).sum();
-    let model = model.clone();
-    let encode = move || model.encode_chat(&chat.messages, chat.add_generation_prompt, &chat.extra);
-    let ids = off_network(length, encode).await??;
-    if ids.is_empty() {
-        return Err(ApiError::invalid(
-            "messages",
-            "the messages are empty once the template has written them",
-        ));
-    }
-    Ok(ids.into())
 }
 
 /// Runs at once what is short, and on a thread for such work what is long: on as many as there are processors, for

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::HeaderMap;
 use axum::response::{IntoResponse, Response};
@@ -38,23 +38,8 @@ async fn complete(
     body: Body,
 ) -> Result<Response, ApiError> {
     let body = read_body(&app, &headers, body).await?;
-    let mut fields = Fields::parse(&body)?;
-    let logprobs = fields.integer("logprobs", 0, 5)?.map(|top| top as u32);
-    let echo = fields.bool("echo")?.unwrap_or(false);
-    let mut parameters = Parameters::take(&mut fields, &app.model, &[("max_tokens", 0)], logprobs)?;
-    take_best_of(&mut fields, &mut parameters)?;
-    let given = take_prompts(&mut fields, &app.model)?;
-    drop(fields);
-    drop(body);
-    let prompts = encode(&app.model, &given).await?;
-    let echo = echo.then(|| given.into_iter().zip(&prompts).map(|(given, ids)| given.text(ids, &app.model)));
-    let echo = echo.map(Iterator::collect);
-    if parameters.max_tokens.is_none() {
-        // As the context leaves it, but no more than the endpoint's own default.
-        let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
-        let room = (app.model.context_tokens as usize).saturating_sub(longest);
-        parameters.max_tokens = Some(MAX_TOKENS.max(parameters.min_tokens).min(room.max(1) as u32));
-    }
+    let model = app.model.clone();
+    let (parameters, prompts, echo) = off_network(body.len(), move || read(body, &model)).await??;
     let answer = Answer::begin(&app, &name, &headers, prompts, echo, &parameters, "prompt").await?;
 
     let writer = Writer {
@@ -73,6 +58,31 @@ async fn complete(
     };
     add_route(&headers, route.as_ref(), &mut response);
     Ok(response)
+}
+
+/// From a body to a valid request: its parameters, the prompts in tokens, and their texts if answers begin with them.
+type Read = (Parameters, Vec<Arc<[TokenId]>>, Option<Vec<String>>);
+
+fn read(body: Bytes, model: &Model) -> Result<Read, ApiError> {
+    let mut fields = Fields::parse(&body)?;
+    let logprobs = fields.integer("logprobs", 0, 5)?.map(|top| top as u32);
+    let echo = fields.bool("echo")?.unwrap_or(false);
+    let mut parameters = Parameters::take(&mut fields, model, &[("max_tokens", 0)], logprobs)?;
+    take_best_of(&mut fields, &mut parameters)?;
+    let given = take_prompts(&mut fields, model)?;
+    // What follows needs memory of its own.
+    drop(fields);
+    drop(body);
+    let prompts = given.iter().map(|given| given.encode(model)).collect::<Result<Vec<_>, _>>()?;
+    let texts = given.into_iter().zip(&prompts).map(|(given, ids)| given.text(ids, model));
+    let echo = echo.then(|| texts.collect());
+    if parameters.max_tokens.is_none() {
+        // As the context leaves it, but no more than the endpoint's own default.
+        let longest = prompts.iter().map(|prompt| prompt.len()).max().unwrap_or(0);
+        let room = (model.context_tokens as usize).saturating_sub(longest);
+        parameters.max_tokens = Some(MAX_TOKENS.max(parameters.min_tokens).min(room.max(1) as u32));
+    }
+    Ok((parameters, prompts, echo))
 }
 
 /// Of `best_of` choices the best are given, so they must all be there before the first is.
@@ -101,6 +111,19 @@ enum Given {
 }
 
 impl Given {
+    fn encode(&self, model: &Model) -> Result<Arc<[TokenId]>, ApiError> {
+        let ids = match self {
+            Given::Ids(ids) => ids.clone(),
+            Given::Text(text) => model
+                .encode(text, true)
+                .map_err(|why| ApiError::invalid("prompt", format!("prompt cannot be tokenized: {why}")))?,
+        };
+        if ids.is_empty() {
+            return Err(ApiError::invalid("prompt", "prompt must not be empty"));
+        }
+        Ok(ids.into())
+    }
+
     /// Its text, for answers that begin with it.
     fn text(self, ids: &[TokenId], model: &Model) -> String {
         match self {
@@ -153,27 +176,6 @@ fn take_prompt(prompt: Raw, model: &Model) -> Result<Given, ApiError> {
         }
         _ => Err(wrong_type("prompt", WANTED, prompt)),
     }
-}
-
-async fn encode(model: &Arc<Model>, given: &[Given]) -> Result<Vec<Arc<[TokenId]>>, ApiError> {
-    let mut prompts = Vec::with_capacity(given.len());
-    for given in given {
-        let ids = match given {
-            Given::Ids(ids) => ids.clone(),
-            Given::Text(text) => {
-                let (model, text) = (model.clone(), text.clone());
-                let encoded = off_network(text.len(), move || model.encode(&text, true)).await?;
-                encoded.map_err(|why| {
-                    ApiError::invalid("prompt", format!("prompt cannot be tokenized: {why}"))
-                })?
-            }
-        };
-        if ids.is_empty() {
-            return Err(ApiError::invalid("prompt", "prompt must not be empty"));
-        }
-        prompts.push(ids.into());
-    }
-    Ok(prompts)
 }
 
 /// Writes text completions.

@@ -58,12 +58,14 @@ impl ApiError {
 
     /// A model that is not here.
     pub(crate) fn unknown_model(name: &str, known: &str) -> ApiError {
+        let name: String = name.chars().take(64).collect();
         let message = format!("the model {name:?} does not exist; this cluster serves {known:?}");
         let error = ApiError::new(StatusCode::NOT_FOUND, INVALID, "model_not_found", message);
         ApiError { param: Some("model".into()), ..error }
     }
 
     pub(crate) fn unknown_path(path: &str) -> ApiError {
+        let path: String = path.chars().take(64).collect();
         let message = format!(
             "there is no {path}; the API has /v1/chat/completions, /v1/completions, /v1/models, /tokenize, \
              /detokenize and /health"
