@@ -106,11 +106,27 @@ impl ProcessCluster {
 
     /// `kill -9` of a worker. Returns the state it had.
     pub async fn kill(&self, worker: &str) -> Value {
+        self.signal(worker, libc::SIGKILL).await
+    }
+
+    /// SIGSTOP of a worker: alive for the system, silent for everybody. Returns its state.
+    pub async fn stop(&self, worker: &str) -> Value {
+        self.signal(worker, libc::SIGSTOP).await
+    }
+
+    /// Ends a process that was stopped, by the state it had.
+    pub fn end(state: &Value) {
+        let pid = state["pid"].as_i64().expect("a pid") as i32;
+        // SAFETY: as in `signal`.
+        unsafe { libc::kill(pid, libc::SIGKILL) };
+    }
+
+    async fn signal(&self, worker: &str, signal: i32) -> Value {
         let state = self.state_of(worker).await;
         let pid = state["pid"].as_i64().expect("a pid") as i32;
         // SAFETY: a plain system call on a process this test has started.
-        let killed = unsafe { libc::kill(pid, libc::SIGKILL) };
-        assert_eq!(killed, 0, "{worker} could be killed");
+        let sent = unsafe { libc::kill(pid, signal) };
+        assert_eq!(sent, 0, "{worker} could be reached");
         state
     }
 

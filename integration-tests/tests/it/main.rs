@@ -4,6 +4,7 @@
 //! - `equality`: hand-offs change no bit
 //! - `handoff`: what is moved, when, and what becomes of bytes that are wrong
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
+//! - `failures`: what a client sees when something breaks, row by row of the table in `docs/faults.md`
 //! - `faults`: workers that die, fail, refuse and come back
 //! - `chaos`: seeded cases of fail points at every arrow of the protocol, in virtual time
 //! - `fleets`: real processes that are killed and stopped, and very many requests to them
@@ -21,6 +22,7 @@ mod broken;
 mod chaos;
 mod equality;
 mod etcd;
+mod failures;
 mod faults;
 mod fleets;
 mod handoff;

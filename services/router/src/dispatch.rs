@@ -10,7 +10,7 @@ mod placing;
 mod round;
 
 use std::collections::BTreeSet;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -34,6 +34,8 @@ use round::{Again, Round, broken_after_delta, broken_before_delta, finish};
 
 /// Work redone after faults: at most this many attempts of a request.
 const FAULTS_MAX: u32 = 3;
+/// Work redone after faults is a fifth of the load at most; so much may be saved up, in fifths of a request.
+const RETRIES_SAVED: i64 = 500;
 /// Placements that ended in a refusal or preemption before the request is given up as overloaded.
 const PLACEMENTS_MAX: u32 = 64;
 /// How long a request that must be placed again waits for a worker to turn up.
@@ -56,6 +58,8 @@ pub struct Dispatcher {
     queue: Arc<Semaphore>,
     queue_max: usize,
     ordinal: AtomicU64,
+    /// Work that may be redone after faults, in fifths of a request.
+    retries: AtomicI64,
     slo: Option<Slo>,
     answers: Mutex<Observer>,
     tasks: Tasks,
@@ -80,6 +84,7 @@ impl Dispatcher {
             queue: Arc::new(Semaphore::new(queue_max)),
             queue_max,
             ordinal: AtomicU64::new(0),
+            retries: AtomicI64::new(RETRIES_SAVED),
             slo,
             answers: Mutex::new(Observer::new(ANSWERS_SECONDS)),
             tasks: Tasks::new(),
@@ -119,6 +124,10 @@ impl Dispatcher {
             return Err(self.no_worker());
         }
         self.check_chance(&request, &candidates)?;
+        let saved = self.retries.fetch_add(1, Ordering::Relaxed);
+        if saved >= RETRIES_SAVED {
+            self.retries.store(RETRIES_SAVED, Ordering::Relaxed);
+        }
         let (out, events) = mpsc::channel(CLIENT_QUEUE);
         let record = self.records.begin(&request);
         self.metrics.request_begins();
@@ -176,6 +185,12 @@ impl Dispatcher {
     fn count_answers(&self, tokens: f64, ended: f64) {
         let now = seam::now();
         self.answers.lock().expect("nothing panics under this lock").drawn(tokens, ended, now);
+    }
+
+    /// Whether work may be redone after a fault; counts it if so.
+    fn may_redo(&self) -> bool {
+        let enough = |saved: i64| (saved >= 5).then(|| saved - 5);
+        self.retries.fetch_update(Ordering::Relaxed, Ordering::Relaxed, enough).is_ok()
     }
 
     fn no_worker(&self) -> DispatchError {
@@ -308,6 +323,10 @@ impl Course {
         self.avoid.extend(avoid);
         self.faults += u32::from(fault);
         self.placements += 1;
+        if fault && !self.dispatcher.may_redo() {
+            let message = format!("{why}; too much has been redone after faults of late");
+            return Err(DispatchError::WorkerLost { attempts: self.faults, message });
+        }
         if self.faults >= FAULTS_MAX {
             return Err(DispatchError::WorkerLost { attempts: self.faults, message: why });
         }
@@ -483,7 +502,8 @@ impl Course {
     /// Streams a leg to its end. `prefill` holds the lease that the leg pulls from; once the leg has sent a
     /// delta of its own (`own_delta`), the lease has done its service.
     ///
-    /// Until the leg's own first delta everything that breaks is placed again; after it, only preemption is.
+    /// Until the leg's own first delta everything that breaks is placed again; after it, only preemption is, and
+    /// everything where nobody has seen a token yet.
     async fn stream(&mut self, mut leg: Leg, mut prefill: Option<&mut Leg>, mut own_delta: bool) -> Round {
         loop {
             let event = tokio::select! {
@@ -519,7 +539,16 @@ impl Course {
                     let why = format!("{} preempted it", leg.worker());
                     return Round::Again(Again { lease_serves: !own_delta, ..Again::new(None, false, why) });
                 }
-                other if own_delta => return broken_after_delta(leg.worker(), self.faults, other),
+                other if own_delta && !self.request.unseen => {
+                    return broken_after_delta(leg.worker(), self.faults, other);
+                }
+                other if own_delta => {
+                    return match broken_before_delta(leg.worker(), other) {
+                        // What the lease holds is the prompt; more is known by now.
+                        Round::Again(again) => Round::Again(Again { lease_serves: false, ..again }),
+                        over => over,
+                    };
+                }
                 other => return broken_before_delta(leg.worker(), other),
             }
         }

@@ -8,6 +8,7 @@
 
 mod admin;
 mod api;
+mod breaker;
 mod config;
 mod dispatch;
 mod link;

@@ -15,6 +15,7 @@ use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence};
 use tandem_types::{Epoch, Incarnation, LeaseId, Role, Time, WorkerId, WorkerState};
 use tokio::sync::{mpsc, watch};
 
+use crate::breaker::Breaker;
 use crate::prefixes::Prefixes;
 
 /// Both ends of a session beat this often.
@@ -84,6 +85,7 @@ struct LinkState {
     /// How late this process's own clock has rung of late: so much longer a worker may seem silent.
     late: Duration,
     hung: bool,
+    breaker: Breaker,
     report: Report,
     /// Why the last connection ended, for operators.
     trouble: String,
@@ -156,7 +158,11 @@ impl Link {
         match &state.outbound {
             None => WorkerState::Dead,
             Some(_) if state.report.draining => WorkerState::Draining,
-            Some(_) if state.hung || now.since(state.heard) > SUSPECT_AFTER + state.late => {
+            Some(_)
+                if state.hung
+                    || state.breaker.is_open(now)
+                    || now.since(state.heard) > SUSPECT_AFTER + state.late =>
+            {
                 WorkerState::Suspect
             }
             Some(_) => WorkerState::Ready,
@@ -310,6 +316,7 @@ impl Link {
             self.sent.store(1, Ordering::Relaxed);
             state.heard = seam::now();
             state.hung = false;
+            state.breaker = Breaker::default();
             state.trouble.clear();
             state.report.epoch = Epoch(welcome.epoch);
             state.reported = 0;
@@ -423,6 +430,13 @@ impl Link {
     }
 
     fn hand_on(&self, state: &mut LinkState, name: u32, kind: event::Event) {
+        match &kind {
+            event::Event::Delta(_) => state.breaker.succeeded(),
+            event::Event::Failed(failed) if failed.reason() == v1::FailReason::Engine => {
+                state.breaker.failed(seam::now());
+            }
+            _ => {}
+        }
         let Some(slot) = state.legs.get_mut(&name) else { return };
         let last =
             !matches!(kind, event::Event::Delta(_) | event::Event::Granted(_) | event::Event::Finished(_));

@@ -39,6 +39,8 @@ pub struct GenerateRequest {
     pub traceparent: Option<String>,
     /// What it has to do with the other choices of its prompt.
     pub share: PromptShare,
+    /// Nobody sees a token before the answer is whole, so it may go on elsewhere whatever breaks.
+    pub unseen: bool,
     /// The prompt's own log probabilities are wanted, and so many of the likeliest tokens at each position.
     pub score_prompt: Option<u32>,
 }

@@ -144,6 +144,7 @@ impl Answer {
                     arrived,
                     traceparent: traceparent.clone(),
                     share,
+                    unseen: !parameters.stream,
                     score_prompt,
                 });
             }

@@ -79,8 +79,13 @@ fn check_head(request: &Request) -> Result<(), ApiError> {
     }
     let mut hosts = headers.get_all(header::HOST).iter();
     let host = hosts.next().map(|host| host.to_str().unwrap_or_default());
-    let sane =
-        |host: &str| host.parse::<http::uri::Authority>().is_ok_and(|host| !host.as_str().contains('@'));
+    let sane = |host: &str| {
+        // What is behind the last colon, but not within an address of IPv6.
+        let port = host.rsplit_once(':').map(|(_, port)| port).filter(|port| !port.contains(']'));
+        host.parse::<http::uri::Authority>().is_ok()
+            && !host.contains('@')
+            && port.is_none_or(|port| port.is_empty() || port.parse::<u16>().is_ok())
+    };
     let needed = request.version() == Version::HTTP_11 && request.uri().authority().is_none();
     match host {
         _ if hosts.next().is_some() => return Err(ApiError::bad_head("there is more than one Host header")),

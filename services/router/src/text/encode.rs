@@ -25,6 +25,8 @@ pub(super) struct Encoder {
     tokenizer: Tokenizer,
     /// `None` where pieces might have other tokens than the whole.
     pieces: Option<RwLock<Pieces>>,
+    /// So many digits in a row are a word of their own, if that is how the pattern has it.
+    digits: Option<usize>,
     /// Tokens that begin and end every text.
     frame: (Vec<TokenId>, Vec<TokenId>),
 }
@@ -43,7 +45,7 @@ impl Encoder {
         let facts = std::fs::read(file).map_err(|error| error.to_string())?;
         let facts: Facts = serde_json::from_slice(&facts).map_err(|error| error.to_string())?;
         let pieces = facts.cuts_at_words().then(|| RwLock::new(Pieces::new()));
-        Ok(Encoder { tokenizer, pieces, frame })
+        Ok(Encoder { tokenizer, pieces, digits: facts.digits(), frame })
     }
 
     pub(super) fn tokenizer(&self) -> &Tokenizer {
@@ -62,7 +64,7 @@ impl Encoder {
             let known = pieces.read().expect("nothing panics under this lock");
             let mut rest = text;
             while !rest.is_empty() {
-                let (piece, after) = rest.split_at(first_cut(rest));
+                let (piece, after) = rest.split_at(first_cut(rest, self.digits));
                 rest = after;
                 if let Some(found) = known.young.get(piece) {
                     ids.extend_from_slice(found);
@@ -112,17 +114,29 @@ impl Pieces {
     }
 }
 
-/// Where a text may be cut first, in bytes: between what is no space and a space with a letter behind it.
-fn first_cut(text: &str) -> usize {
+/// Where a text may be cut first, in bytes: between what is no space and a space with a letter behind it, and after
+/// every so many `digits` of a row of them.
+fn first_cut(text: &str, digits: Option<usize>) -> usize {
     let bytes = text.as_bytes();
-    let mut at = 1;
-    while let Some(found) = bytes[at.min(bytes.len())..].iter().position(|&byte| byte == b' ') {
-        let space = at + found;
-        let before = text[..space].chars().next_back().expect("it does not begin there");
-        if !before.is_whitespace() && text[space + 1..].chars().next().is_some_and(is_letter) {
-            return space;
+    let digit = |at: usize| bytes[at].is_ascii_digit();
+    // Digits of the row so far; `None` in a row that may have begun with digits of another script.
+    let mut row = Some(usize::from(digit(0)));
+    for at in 1..bytes.len() {
+        if digit(at) {
+            match (row, digits) {
+                (Some(row), Some(digits)) if row > 0 && row % digits == 0 => return at,
+                _ if !bytes[at - 1].is_ascii() => row = None,
+                _ => row = row.map(|row| row + 1),
+            }
+            continue;
         }
-        at = space + 1;
+        row = Some(0);
+        if bytes[at] == b' '
+            && !text[..at].chars().next_back().is_some_and(char::is_whitespace)
+            && text[at + 1..].chars().next().is_some_and(is_letter)
+        {
+            return at;
+        }
     }
     bytes.len()
 }
@@ -180,22 +194,36 @@ struct ModelFacts {
     dropout: Option<f32>,
 }
 
-/// Patterns of words, as Qwen and as Llama 3 and GPT-4 have them. What GPT-2 had is a part of `ByteLevel`.
+/// Patterns of words, as Qwen has it with single digits, and as Llama 3 and GPT-4 have it with three at a time. What GPT-2 had is a part of `ByteLevel`.
 const PATTERNS: [&str; 2] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ];
 
 impl Facts {
+    fn steps(&self) -> Vec<&Value> {
+        match self.pre_tokenizer["pretokenizers"].as_array() {
+            Some(steps) => steps.iter().collect(),
+            None => vec![&self.pre_tokenizer],
+        }
+    }
+
+    fn digits(&self) -> Option<usize> {
+        self.steps().into_iter().find_map(|step| {
+            if step["type"] == "Digits" && step["individual_digits"] == true {
+                return Some(1);
+            }
+            let at = PATTERNS.iter().position(|pattern| step["pattern"]["Regex"] == *pattern)?;
+            Some([1, 3][at])
+        })
+    }
+
     fn cuts_at_words(&self) -> bool {
         let plain = |token: &Added| {
             !(token.lstrip || token.rstrip || token.single_word || token.content.contains(' '))
         };
         let composes = self.normalizer.is_null() || self.normalizer["type"] == "NFC";
-        let steps: Vec<&Value> = match self.pre_tokenizer["pretokenizers"].as_array() {
-            Some(steps) => steps.iter().collect(),
-            None => vec![&self.pre_tokenizer],
-        };
+        let steps = self.steps();
         let cuts = |step: &&Value| match step["type"].as_str() {
             Some("ByteLevel") => step["use_regex"] != false,
             Some("Split") => {
@@ -220,22 +248,32 @@ impl Facts {
 
 #[cfg(test)]
 mod tests {
-    use std::path::Path;
+    use std::path::{Path, PathBuf};
 
     use proptest::prelude::*;
 
     use super::*;
 
-    /// The committed ones: Qwen's and Llama's pattern, and GPT-2's with single digits.
+    fn committed(dir: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(dir).join("tokenizer.json")
+    }
+
+    fn encoder(file: &Path) -> Encoder {
+        Encoder::new(Tokenizer::from_file(file).expect("a tokenizer"), file).expect("it is whole")
+    }
+
+    /// The committed ones have Qwen's pattern, and GPT-2's with single digits; another is made to have Llama 3's.
     fn encoders() -> Vec<Encoder> {
-        ["integration-tests/checkpoints/qwen3", "integration-tests/checkpoints/llama", "demo-model"]
-            .map(|dir| {
-                let file =
-                    Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").join(dir).join("tokenizer.json");
-                Encoder::new(Tokenizer::from_file(&file).expect("it is committed"), &file)
-                    .expect("it is whole")
-            })
-            .into()
+        let qwen = committed("integration-tests/checkpoints/qwen3");
+        let text = std::fs::read_to_string(&qwen).expect("it is committed");
+        let by_threes = text.replace(r"|\\p{N}|", r"|\\p{N}{1,3}|");
+        assert_ne!(by_threes, text);
+        let file = std::env::temp_dir().join(format!("tandem-{:x}-llama3.json", seam::random_u64()));
+        std::fs::write(&file, by_threes).expect("it can be written");
+        let llama = encoder(&file);
+        std::fs::remove_file(&file).expect("it was written");
+        assert_eq!(llama.digits, Some(3));
+        vec![encoder(&qwen), encoder(&committed("demo-model")), llama]
     }
 
     #[test]
@@ -248,7 +286,8 @@ mod tests {
             Just("  ".to_owned()),
             "[a-zA-Z]{1,9}",
             "[ \t\r\n]{1,3}",
-            "[0-9]{1,5}",
+            "[0-9]{1,9}",
+            "[0-9²٣]{1,9}",
             "[.,:;!?'\"(){}<>|_-]{1,3}",
             Just("'s".to_owned()),
             Just("<|im_start|>".to_owned()),
@@ -277,7 +316,9 @@ mod tests {
     fn memory_is_bounded() {
         let encoder = &encoders()[0];
         for n in 0..(3 * PIECES_MAX as u64) / 1000 {
-            let text: String = (0..1000).map(|i| format!(" w{}", n * 1000 + i)).collect();
+            let letter = |n: u64| char::from(b'a' + (n % 26) as u8);
+            let word = |n: u64| [' ', letter(n), letter(n / 26), letter(n / 676), letter(n / 17_576)];
+            let text: String = (0..1000).flat_map(|i| word(n * 1000 + i)).collect();
             encoder.encode(&text, false).expect("it encodes");
         }
         let pieces = encoder.pieces.as_ref().expect("it cuts at words").read().expect("unpoisoned");
