@@ -4,6 +4,8 @@ mod chat;
 mod http;
 mod loading;
 mod model;
+mod plot;
+mod progress;
 mod sim;
 mod status;
 mod up;
