@@ -33,6 +33,14 @@ impl Bar {
         }
     }
 
+    /// So far of the whole, from 0 to 1; as often as one likes.
+    pub fn reached(&self, share: f64, what: &str) {
+        if self.shown {
+            eprint!("\r[{}] {:3.0} % {what:<80}", drawn(share), share.clamp(0.0, 1.0) * 100.0);
+            let _ = std::io::stderr().flush();
+        }
+    }
+
     /// All done.
     pub fn end(&self) {
         if self.shown {
