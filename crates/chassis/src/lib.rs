@@ -9,6 +9,7 @@ pub mod admin;
 pub mod config;
 pub mod drain;
 pub mod fail;
+pub mod group;
 pub mod grpc;
 pub mod http;
 pub mod metrics;

@@ -58,6 +58,8 @@ pub struct Driven {
     pub interrupted: bool,
     /// Prompt tokens that were asked for, of all that were sent.
     pub asked_tokens: u64,
+    /// Bytes of their bodies.
+    pub sent_bytes: u64,
     /// Processor time of this process, seconds.
     pub cpu_seconds: f64,
     /// That of the thread that speaks HTTP.
@@ -93,6 +95,7 @@ pub async fn drive(server: &Server, plan: Plan, form: Form, shutdown: &Shutdown,
         unfinished: 0,
         interrupted: false,
         asked_tokens: 0,
+        sent_bytes: 0,
         cpu_seconds: 0.0,
         thread_seconds: 0.0,
     };
@@ -120,6 +123,7 @@ pub async fn drive(server: &Server, plan: Plan, form: Form, shutdown: &Shutdown,
                 Some(body) => {
                     sent += 1;
                     driven.asked_tokens += u64::from(body.asked);
+                    driven.sent_bytes += body.json.len() as u64;
                     let due = body.at.map(|at| began + at);
                     let server = server.clone();
                     running.spawn(async move { server.ask(body, due).await });

@@ -95,6 +95,9 @@ pub struct BenchConfig {
     /// Admin port of the router, for its processor time [default: the port after that of --url]
     #[arg(long, value_name = "URL")]
     pub admin: Option<String>,
+    /// Process of a router on this host that has no admin port: the processor time of its group
+    #[arg(long, value_name = "PID", conflicts_with = "admin")]
+    pub router_pid: Option<u32>,
     /// What to call the run
     #[arg(long)]
     pub name: Option<String>,

@@ -195,6 +195,7 @@ impl Run {
             "output_tokens_per_second": tokens as f64 / self.seconds(),
             "prompt_tokens": self.prompt_tokens(),
             "prompt_tokens_asked": self.driven.asked_tokens,
+            "sent_bytes": self.driven.sent_bytes,
             "errors_by_kind": errors,
             "cut_by_kind": cut,
             "late_ms": spread(self.late_ms()),
@@ -335,6 +336,7 @@ pub mod tests {
             unfinished: 0,
             interrupted: false,
             asked_tokens: 60,
+            sent_bytes: 600,
             cpu_seconds: 0.012,
             thread_seconds: 0.01,
         };

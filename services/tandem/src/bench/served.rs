@@ -5,6 +5,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use hyper::Uri;
 use serde_json::{Value, json};
+use tandem_chassis::group::Group;
 use tandem_chassis::seam;
 
 use super::BenchConfig;
@@ -89,6 +90,9 @@ impl Served {
 
     /// What the router has spent; nothing where no router answers and nobody said that there is one.
     pub async fn router(&self, config: &BenchConfig) -> Result<Option<Router>, String> {
+        if let Some(pid) = config.router_pid {
+            return Ok(Some(Router { seconds: Group::of(pid.into()).cpu_seconds(), shared: false }));
+        }
         let admin = match &config.admin {
             Some(admin) => admin.trim_end_matches('/').to_owned(),
             None => {
