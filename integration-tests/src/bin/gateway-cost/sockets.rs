@@ -1,0 +1,87 @@
+//! Clients that are no load but a burden: those that stay connected, and those that do not read.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tandem_chassis::group::Group;
+use tandem_chassis::seam;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpSocket, TcpStream};
+
+/// Time after which memory is what it will be.
+const SETTLE: Duration = Duration::from_secs(2);
+/// Requests that are sent at a time while many connections are made.
+const BATCH: usize = 64;
+/// What a slow reader's system takes in for it.
+const RECEIVE_BYTES: u32 = 16 << 10;
+
+/// Resident KiB per idle connection, and how much of that is left when they are gone.
+pub async fn idle(address: SocketAddr, group: Group, count: usize) -> Result<(f64, f64), String> {
+    let before = group.resident_bytes();
+    let mut open = Vec::with_capacity(count);
+    while open.len() < count {
+        let batch = (0..BATCH.min(count - open.len())).map(|_| connected(address));
+        open.extend(futures_util::future::try_join_all(batch).await?);
+    }
+    seam::sleep(SETTLE).await;
+    let during = group.resident_bytes();
+    drop(open);
+    seam::sleep(SETTLE).await;
+    let per = |bytes: u64| bytes.saturating_sub(before) as f64 / 1024.0 / count as f64;
+    Ok((per(during), per(group.resident_bytes())))
+}
+
+/// A connection on which one request has been answered.
+async fn connected(address: SocketAddr) -> Result<TcpStream, String> {
+    let mut stream = seam::connect_tcp(address).await.map_err(|error| format!("{address}: {error}"))?;
+    stream
+        .write_all(b"GET /v1/models HTTP/1.1\r\nhost: bench\r\n\r\n")
+        .await
+        .map_err(|error| error.to_string())?;
+    let mut bytes = [0; 4096];
+    match stream.read(&mut bytes).await {
+        Ok(0) => Err("a connection was closed before its answer".to_owned()),
+        Ok(_) => Ok(stream),
+        Err(error) => Err(error.to_string()),
+    }
+}
+
+/// Resident KiB per stream whose client does not read, once it grows no more.
+pub async fn slow_readers(
+    address: SocketAddr,
+    model: &str,
+    group: Group,
+    count: usize,
+    tokens: u32,
+) -> Result<f64, String> {
+    let before = group.resident_bytes();
+    let mut open = Vec::new();
+    for number in 0..count {
+        let body = serde_json::json!({
+            "model": model, "prompt": format!("{number} time"), "max_tokens": tokens, "stream": true,
+            "ignore_eos": true,
+        });
+        let body = body.to_string();
+        let head = format!(
+            "POST /v1/completions HTTP/1.1\r\nhost: bench\r\ncontent-type: application/json\r\ncontent-length: {}\
+             \r\n\r\n",
+            body.len()
+        );
+        let socket = TcpSocket::new_v4().map_err(|error| error.to_string())?;
+        socket.set_recv_buffer_size(RECEIVE_BYTES).map_err(|error| error.to_string())?;
+        let mut stream = socket.connect(address).await.map_err(|error| format!("{address}: {error}"))?;
+        stream.write_all(&[head, body].concat().into_bytes()).await.map_err(|error| error.to_string())?;
+        open.push(stream);
+    }
+    let mut most = 0;
+    // Until it has not grown for a while.
+    for _ in 0..15 {
+        seam::sleep(SETTLE).await;
+        let now = group.resident_bytes();
+        if now <= most + most / 100 {
+            break;
+        }
+        most = now;
+    }
+    Ok(most.saturating_sub(before) as f64 / 1024.0 / count as f64)
+}
