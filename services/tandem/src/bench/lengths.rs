@@ -47,10 +47,8 @@ impl FromStr for Lengths {
             "lognormal" => pair(rest)
                 .and_then(|(a, b)| Some(Lengths::LogNormal(positive(&a)?, positive(&b)?)))
                 .filter(|lengths| matches!(lengths, Lengths::LogNormal(median, _) if *median >= 1.0)),
-            file if file.contains(['.', '/']) && !rest.is_empty() => {
-                Some(Lengths::Column(file.to_owned(), rest.to_owned()))
-            }
-            _ => None,
+            file => Some(Lengths::Column(file.to_owned(), rest.to_owned()))
+                .filter(|_| !file.is_empty() && rest.starts_with(|first: char| first.is_ascii_alphabetic())),
         };
         lengths.ok_or_else(wrong)
     }
@@ -128,7 +126,9 @@ mod tests {
 
     #[test]
     fn what_is_written_is_read_and_written_again() {
-        for text in ["fixed:128", "uniform:1,9", "lognormal:300,0.8", "azure2023_code.csv.gz:output_tokens"] {
+        for text in
+            ["fixed:128", "uniform:1,9", "lognormal:300,0.8", "azure2023_code:output_tokens", "a/b.csv.gz:c"]
+        {
             assert_eq!(text.parse::<Lengths>().expect(text).to_string(), text);
         }
         assert_eq!("64".parse(), Ok(Lengths::Fixed(64)));

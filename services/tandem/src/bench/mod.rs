@@ -214,6 +214,8 @@ async fn measure(
 ) -> Result<Run, String> {
     let mut served = Served::find(config).await?;
     let costs = Costs::measure(&mut served).await?;
+    let counted = costs.is_some();
+    let costs = costs.unwrap_or_else(Costs::guessed);
     let (before, behind, end) = served.body(!config.no_stream);
     let form = Form { before, behind, end, prompts: Prompts::new(costs, seed, config.shared()?) };
     let server = Server::new(&served.endpoint(), config.timeout.0, !config.no_stream)?;
@@ -236,6 +238,7 @@ async fn measure(
         slo: config.slo,
         streams: !config.no_stream,
         scheduled,
+        counted,
         router_seconds,
         router_shared: router.is_some_and(|router| router.shared),
     })

@@ -12,8 +12,8 @@ use tandem_simulator::random;
 
 /// Counts the tokens of a prompt as the server would, template and all.
 pub trait Counts {
-    /// The number, or why there is none.
-    fn count(&mut self, text: &str) -> impl Future<Output = Result<u32, String>>;
+    /// The number; none where the server does not say; or why it could not be asked.
+    fn count(&mut self, text: &str) -> impl Future<Output = Result<Option<u32>, String>>;
 }
 
 const WORDS: [&str; 64] = [
@@ -108,23 +108,40 @@ pub struct Costs {
 }
 
 impl Costs {
-    /// Asks for the cost of every word: all at once, and half by half where the sum is not one token each.
-    pub async fn measure(counts: &mut impl Counts) -> Result<Costs, String> {
+    /// A token for every word and every digit.
+    pub fn guessed() -> Costs {
+        let words = WORDS.len();
+        Costs {
+            first: DIGITS,
+            digit: 1.0,
+            later: DIGITS,
+            words: vec![1; words],
+            single: (0..words).collect(),
+        }
+    }
+
+    /// Asks for the cost of every word: all at once, and half by half where the sum is not one token each. None
+    /// where the server does not count.
+    pub async fn measure(counts: &mut impl Counts) -> Result<Option<Costs>, String> {
         let mut numbers = Vec::new();
         for sample in 0..4 {
-            numbers.push(counts.count(&number(sample * 7 + 1, DIGITS)).await?);
+            let Some(count) = counts.count(&number(sample * 7 + 1, DIGITS)).await? else { return Ok(None) };
+            numbers.push(count);
         }
         let first = (f64::from(numbers.iter().sum::<u32>()) / numbers.len() as f64).round() as u32;
-        let short = counts.count(&number(1, DIGITS / 2)).await?;
+        let Some(short) = counts.count(&number(1, DIGITS / 2)).await? else { return Ok(None) };
         let base = number(1, DIGITS);
         let before = numbers[0];
-        let later = counts.count(&format!("{base} {}", number(2, DIGITS))).await?.saturating_sub(before);
+        let Some(two) = counts.count(&format!("{base} {}", number(2, DIGITS))).await? else {
+            return Ok(None);
+        };
         let mut words = vec![0; WORDS.len()];
         let mut open = vec![(0, WORDS.len())];
         while let Some((from, to)) = open.pop() {
             let range = from..to;
             let text = format!("{base} {}", WORDS[range.clone()].join(" "));
-            let cost = counts.count(&text).await?.saturating_sub(before);
+            let Some(count) = counts.count(&text).await? else { return Ok(None) };
+            let cost = count.saturating_sub(before);
             // No word costs nothing, so a sum of one each means one each.
             if range.len() == 1 {
                 words[from] = cost.max(1);
@@ -137,7 +154,7 @@ impl Costs {
         }
         let single = (0..WORDS.len()).filter(|&word| words[word] == 1).collect();
         let digit = f64::from(before.saturating_sub(short)) / f64::from(DIGITS - DIGITS / 2);
-        Ok(Costs { first, digit, later, words, single })
+        Ok(Some(Costs { first, digit, later: two.saturating_sub(before), words, single }))
     }
 }
 
@@ -264,14 +281,14 @@ mod tests {
     }
 
     impl Counts for Invented {
-        async fn count(&mut self, text: &str) -> Result<u32, String> {
+        async fn count(&mut self, text: &str) -> Result<Option<u32>, String> {
             self.asked += 1;
-            Ok(self.tokens(text))
+            Ok(Some(self.tokens(text)))
         }
     }
 
     async fn measured(mut invented: Invented) -> (Invented, Costs) {
-        let costs = Costs::measure(&mut invented).await.expect("it counts");
+        let costs = Costs::measure(&mut invented).await.expect("it answers").expect("it counts");
         (invented, costs)
     }
 
@@ -296,6 +313,26 @@ mod tests {
         let (_, costs) = measured(Invented { long: 4, digits: 1, asked: 0 }).await;
         let wanted: Vec<u32> = WORDS.iter().map(|word| 1 + u32::from(word.len() > 4)).collect();
         assert_eq!(costs.words, wanted);
+    }
+
+    #[tokio::test]
+    async fn a_server_that_does_not_count_is_no_error() {
+        struct Silent;
+
+        impl Counts for Silent {
+            async fn count(&mut self, _: &str) -> Result<Option<u32>, String> {
+                Ok(None)
+            }
+        }
+
+        assert_eq!(Costs::measure(&mut Silent).await, Ok(None));
+    }
+
+    #[tokio::test]
+    async fn a_guess_is_a_token_for_every_word_and_digit() {
+        let invented = Invented { long: 99, digits: 1, asked: 0 };
+        let text = Prompts::new(Costs::guessed(), 3, None).text(0, 40, &[]);
+        assert_eq!(invented.tokens(&text), 3 + 40, "but for the template, of which it cannot know");
     }
 
     #[tokio::test]

@@ -23,6 +23,8 @@ pub struct Run {
     pub streams: bool,
     /// Whether requests had times at which they were due.
     pub scheduled: bool,
+    /// Whether the server counts the tokens of prompts.
+    pub counted: bool,
     /// Processor seconds of the router, where they are known.
     pub router_seconds: Option<f64>,
     /// Why they count more than the router's own, if they do.
@@ -157,6 +159,11 @@ impl Run {
         if self.router_shared {
             warnings.push(
                 "the router shares its process with workers: its processor time is theirs too".to_owned(),
+            );
+        }
+        if !self.counted {
+            warnings.push(
+                "the server does not count prompt tokens: one for each word and digit is assumed".to_owned(),
             );
         }
         if self.driven.interrupted {
@@ -347,6 +354,7 @@ pub mod tests {
             slo: Some(Slo { ttft: Duration::from_secs(1), tpot: Duration::from_millis(50) }),
             streams: true,
             scheduled: true,
+            counted: true,
             router_seconds: Some(0.003),
             router_shared: false,
         }
