@@ -43,6 +43,8 @@ pub enum Measure {
     Idle,
     /// Memory of a stream that nobody reads.
     SlowReaders,
+    /// How long a head may take that comes a byte a second.
+    SlowHeads,
     /// From the start of the process to the first answer.
     Start,
 }
@@ -101,6 +103,7 @@ pub const SCENARIOS: &[Scenario] = &[
     once("memory at rest", "MiB", 120.0, Measure::Rest),
     once("10,000 idle connections", "KiB each", 5.0, Measure::Idle),
     once("32 streams that nobody reads", "KiB each", 256.0, Measure::SlowReaders),
+    once("500 heads, a byte a second", "s until closed, 40 at most", 11.0, Measure::SlowHeads),
     once("memory after 20,000 prompts", "MiB above rest", 20.0, Measure::AfterPrompts),
     Scenario {
         name: "start to first 200",
@@ -139,6 +142,8 @@ const IDLE: usize = 10_000;
 const PROMPTS: usize = 20_000;
 const SLOW: usize = 32;
 const SLOW_TOKENS: u32 = 12_000;
+const SLOW_HEADS: usize = 500;
+const SLOW_HEADS_MAX: Duration = Duration::from_secs(40);
 
 /// Puts one gateway through one scenario once.
 pub async fn measure(scenario: &Scenario, subject: &Subject, options: &Options) -> Result<Figure, String> {
@@ -172,6 +177,9 @@ pub async fn measure(scenario: &Scenario, subject: &Subject, options: &Options) 
         Measure::SlowReaders => {
             let model = model(&Client::new(address)).await.ok_or("it lists no model")?;
             Ok(value(sockets::slow_readers(address, &model, group, SLOW, SLOW_TOKENS).await?))
+        }
+        Measure::SlowHeads => {
+            Ok(value(sockets::slow_heads(address, SLOW_HEADS / few, SLOW_HEADS_MAX).await?))
         }
         Measure::Start => Ok(Figure::default()),
     }

@@ -46,6 +46,43 @@ async fn connected(address: SocketAddr) -> Result<TcpStream, String> {
     }
 }
 
+/// Seconds until a gateway closes connections on which a request's head comes a byte a second; half of them are
+/// closed by then. `most` where they are not.
+pub async fn slow_heads(address: SocketAddr, count: usize, most: Duration) -> Result<f64, String> {
+    let heads = (0..count).map(|_| slow_head(address, most));
+    let mut seconds = futures_util::future::try_join_all(heads).await?;
+    seconds.sort_by(f64::total_cmp);
+    Ok(seconds[count / 2])
+}
+
+async fn slow_head(address: SocketAddr, most: Duration) -> Result<f64, String> {
+    let stream = seam::connect_tcp(address).await.map_err(|error| format!("{address}: {error}"))?;
+    let (mut reads, mut writes) = stream.into_split();
+    let began = seam::now();
+    writes
+        .write_all(b"POST /v1/completions HTTP/1.1\r\nhost: bench\r\nx-slow: ")
+        .await
+        .map_err(|error| error.to_string())?;
+    let drips = async {
+        let mut second = seam::interval(Duration::from_secs(1));
+        while writes.write_all(b"x").await.is_ok() {
+            second.tick().await;
+        }
+        // The reader learns of the end first.
+        std::future::pending::<()>().await;
+    };
+    let closed = async {
+        let mut bytes = [0; 1024];
+        // It may say why before it closes.
+        while reads.read(&mut bytes).await.is_ok_and(|read| read > 0) {}
+    };
+    tokio::select! {
+        () = drips => {}
+        ended = seam::timeout(most, closed) => drop(ended),
+    }
+    Ok(seam::now().since(began).as_secs_f64())
+}
+
 /// Resident KiB per stream whose client does not read, once it grows no more.
 pub async fn slow_readers(
     address: SocketAddr,

@@ -33,12 +33,18 @@ pub fn text(names: &[&str], lines: &[Line]) -> String {
             met.join(", ")
         );
     }
-    text += &format!(
-        "\nPer second, and as a share of no gateway in the same round:\n\n| scenario | {} |\n",
-        names.join(" | ")
-    );
-    text += &format!("|---|{}\n", "---|".repeat(names.len()));
-    for line in lines.iter().filter(|line| line.figures[0].iter().any(|figure| figure.per_second.is_some())) {
+    let loads: Vec<&Line> = lines
+        .iter()
+        .filter(|line| line.figures[0].iter().any(|figure| figure.per_second.is_some()))
+        .collect();
+    if !loads.is_empty() {
+        text += &format!(
+            "\nPer second, and as a share of no gateway in the same round:\n\n| scenario | {} |\n",
+            names.join(" | ")
+        );
+        text += &format!("|---|{}\n", "---|".repeat(names.len()));
+    }
+    for line in loads {
         let cells: Vec<String> =
             line.figures.iter().map(|figures| throughput(figures, &line.figures[0])).collect();
         text += &format!("| {} | {} |\n", line.scenario.name, cells.join(" | "));
