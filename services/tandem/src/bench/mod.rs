@@ -221,6 +221,7 @@ async fn measure(
     let server = Server::new(&served.endpoint(), config.timeout.0, !config.no_stream)?;
     let (name, scheduled) =
         (config.name.clone().unwrap_or_else(|| plan.name.clone()), plan.at_once.is_none());
+    let planned = plan.ends.filter(|_| config.requests.is_none());
     let bar = Bar::new(0);
     let router = served.router(config).await?;
     let driven = drive::drive(&server, plan, form, shutdown, &bar).await;
@@ -238,6 +239,7 @@ async fn measure(
         slo: config.slo,
         streams: !config.no_stream,
         scheduled,
+        planned,
         counted,
         router_seconds,
         router_shared: router.is_some_and(|router| router.shared),

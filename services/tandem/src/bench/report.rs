@@ -1,6 +1,7 @@
 //! The figures of a run: what its clients saw, what the router spent, and what the client itself did wrong.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_chassis::config::Slo;
@@ -23,6 +24,8 @@ pub struct Run {
     pub streams: bool,
     /// Whether requests had times at which they were due.
     pub scheduled: bool,
+    /// For how long they were to come, where it is time that ends them.
+    pub planned: Option<Duration>,
     /// Whether the server counts the tokens of prompts.
     pub counted: bool,
     /// Processor seconds of the router, where they are known.
@@ -108,7 +111,13 @@ impl Run {
 
     /// Seconds in which requests came, by their own plan; all of them where one waits for another.
     fn load_seconds(&self) -> f64 {
-        let last = self.driven.answers.iter().map(|answer| answer.due).max().filter(|_| self.scheduled);
+        if !self.scheduled {
+            return self.seconds();
+        }
+        if let Some(planned) = self.planned.filter(|_| !self.driven.interrupted) {
+            return planned.as_secs_f64();
+        }
+        let last = self.driven.answers.iter().map(|answer| answer.due).max();
         let seconds = last.map(|last| last.since(self.driven.began).as_secs_f64()).filter(|&s| s > 0.0);
         seconds.unwrap_or_else(|| self.seconds())
     }
@@ -284,7 +293,7 @@ fn per_token_ms(answer: &Answer) -> Option<f64> {
     Some(ms(answer.last.since(answer.first?)) / f64::from(further))
 }
 
-fn ms(duration: std::time::Duration) -> f64 {
+fn ms(duration: Duration) -> f64 {
     duration.as_secs_f64() * 1e3
 }
 
@@ -302,8 +311,6 @@ fn spread(values: Vec<f64>) -> Value {
 
 #[cfg(test)]
 pub mod tests {
-    use std::time::Duration;
-
     use tandem_types::Time;
 
     use super::*;
@@ -354,6 +361,7 @@ pub mod tests {
             slo: Some(Slo { ttft: Duration::from_secs(1), tpot: Duration::from_millis(50) }),
             streams: true,
             scheduled: true,
+            planned: None,
             counted: true,
             router_seconds: Some(0.003),
             router_shared: false,
@@ -366,6 +374,8 @@ pub mod tests {
         assert_eq!(run.attainment(), 2.0 / 6.0);
         assert_eq!(run.goodput(), 1.0, "two of them in the two seconds in which requests came");
         assert_eq!(run.offered(), 3.0);
+        let planned = Run { planned: Some(Duration::from_secs(4)), ..self::run() };
+        assert_eq!((planned.goodput(), planned.offered()), (0.5, 1.5), "time without a request counts");
         assert_eq!(Run { slo: None, ..run }.attainment(), 4.0 / 6.0, "without targets, whole is enough");
     }
 
