@@ -1,8 +1,9 @@
 //! Sends the requests of a plan and gathers their answers.
 //!
-//! One thread speaks HTTP. Prompts are written by a second, ahead of time; a third waits for the moments at which
-//! requests are due, because timers of an event loop are a millisecond coarse.
+//! One thread speaks HTTP. A second writes prompts ahead of time and waits for the moments at which requests are
+//! due, because timers of an event loop are a millisecond coarse.
 
+use std::collections::VecDeque;
 use std::sync::mpsc as sync;
 use std::time::Duration;
 
@@ -69,25 +70,14 @@ pub struct Driven {
 /// Runs the plan until it is done or `shutdown` drains.
 pub async fn drive(server: &Server, plan: Plan, form: Form, shutdown: &Shutdown, bar: &Bar) -> Driven {
     let cpu = (process_facts().cpu_seconds, thread_seconds());
-    let (write, written) = mpsc::channel(AHEAD);
     let Plan { asks, at_once, expected, ends, .. } = plan;
-    let writer = seam::thread("bench-prompts", move || {
-        for ask in asks {
-            if write.blocking_send(form.body(&ask)).is_err() {
-                return; // the run has ended early
-            }
-        }
-    });
     let began = seam::now() + HEAD_START;
+    let (send, mut bodies) = mpsc::channel(AHEAD);
     let (stop, stopped) = sync::channel::<()>();
-    let (mut bodies, pacer) = match at_once {
-        Some(_) => (written, None),
-        None => {
-            let (send, due) = mpsc::channel(AHEAD);
-            let pacer = seam::thread("bench-pacer", move || pace(written, began, &stopped, &send));
-            (due, Some(pacer))
-        }
-    };
+    let writer = seam::thread("bench-prompts", move || match at_once {
+        Some(_) => write(asks, &form, &send),
+        None => write_and_wait(asks, &form, began, &stopped, &send),
+    });
     let mut driven = Driven {
         answers: Vec::new(),
         began,
@@ -150,22 +140,38 @@ pub async fn drive(server: &Server, plan: Plan, form: Form, shutdown: &Shutdown,
     driven.cpu_seconds = process_facts().cpu_seconds - cpu.0;
     driven.thread_seconds = thread_seconds() - cpu.1;
     drop((bodies, stop));
-    for thread in [Some(writer), pacer].into_iter().flatten() {
-        let _ = thread.join();
-    }
+    let _ = writer.join();
     driven
 }
 
-/// Hands bodies on when they are due, until the other end has gone.
-fn pace(
-    mut written: mpsc::Receiver<Body>,
+type Asks = Box<dyn Iterator<Item = Ask> + Send>;
+
+/// Hands bodies on as fast as they are taken, until the other end has gone.
+fn write(asks: Asks, form: &Form, send: &mpsc::Sender<Body>) {
+    for ask in asks {
+        if send.blocking_send(form.body(&ask)).is_err() {
+            return;
+        }
+    }
+}
+
+/// Hands bodies on when they are due, until the other end has gone. Writes ahead while nothing is due.
+fn write_and_wait(
+    mut asks: Asks,
+    form: &Form,
     began: Time,
     stopped: &sync::Receiver<()>,
     send: &mpsc::Sender<Body>,
 ) {
-    while let Some(body) = written.blocking_recv() {
-        let due = began + body.at.unwrap_or_default();
-        let left = due.remaining(seam::now());
+    let due = |body: &Body| began + body.at.unwrap_or_default();
+    let mut ahead: VecDeque<Body> = VecDeque::new();
+    loop {
+        while ahead.len() < AHEAD && ahead.front().is_none_or(|next| due(next) > seam::now()) {
+            let Some(ask) = asks.next() else { break };
+            ahead.push_back(form.body(&ask));
+        }
+        let Some(body) = ahead.pop_front() else { return };
+        let left = due(&body).remaining(seam::now());
         if !left.is_zero() && stopped.recv_timeout(left) != Err(sync::RecvTimeoutError::Timeout) {
             return;
         }
