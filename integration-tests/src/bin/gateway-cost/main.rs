@@ -182,8 +182,11 @@ fn open_files() {
 
 /// `respond PORT zero|paced`: the responder, as a process of its own.
 async fn respond(port: &str, pace: &str) -> Result<(), String> {
-    let port = port.parse().map_err(|_| format!("{port:?} is no port"))?;
-    responder::serve(port, if pace == "paced" { Pace::PACED } else { Pace::ZERO }).await
+    let port: u16 = port.parse().map_err(|_| format!("{port:?} is no port"))?;
+    let listener =
+        seam::listen_tcp(("127.0.0.1", port)).await.map_err(|error| format!("port {port}: {error}"))?;
+    responder::serve(listener, if pace == "paced" { Pace::PACED } else { Pace::ZERO }).await;
+    Ok(())
 }
 
 fn main() -> ExitCode {

@@ -1,6 +1,8 @@
 //! A server that answers as fake workers do, at once or paced: what other gateways stand in front of.
 
+use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::sync::{OnceLock, mpsc};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,6 +16,9 @@ use hyper::{Request, Response};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use serde_json::{Value, json};
 use tandem_chassis::seam;
+use tandem_types::Time;
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
 
 /// Time to the first token and between tokens.
 #[derive(Clone, Copy, Debug)]
@@ -27,11 +32,53 @@ impl Pace {
     pub const ZERO: Pace = Pace { first: Duration::ZERO, next: Duration::ZERO };
     /// As the paced fake engine of the bench.
     pub const PACED: Pace = Pace { first: Duration::from_millis(20), next: Duration::from_millis(10) };
+
+    /// Until a step with this token is done. Workers send a message for each step, so each token is on its way
+    /// before the next, however fast they are.
+    async fn wait(self, at: u64) {
+        let wait = if at == 0 { self.first } else { self.next };
+        if wait.is_zero() {
+            return tokio::task::yield_now().await;
+        }
+        let (end, ended) = oneshot::channel();
+        let _ = alarms().send(Alarm { at: seam::now() + wait, end });
+        let _ = ended.await;
+    }
 }
 
-/// Serves on a port until the process is ended.
-pub async fn serve(port: u16, pace: Pace) -> Result<(), String> {
-    let listener = seam::listen_tcp(("127.0.0.1", port)).await.map_err(|e| format!("port {port}: {e}"))?;
+/// Somebody waits for a moment.
+struct Alarm {
+    at: Time,
+    end: oneshot::Sender<()>,
+}
+
+/// A thread that wakes whoever waits, to a tenth of a millisecond: timers of an event loop are ten times coarser,
+/// and what is measured is not.
+fn alarms() -> &'static mpsc::Sender<Alarm> {
+    static ALARMS: OnceLock<mpsc::Sender<Alarm>> = OnceLock::new();
+    ALARMS.get_or_init(|| {
+        let (send, receive) = mpsc::channel::<Alarm>();
+        // Lives as long as the process.
+        let _ = seam::thread("alarms", move || {
+            let mut open: BTreeMap<(Time, u64), oneshot::Sender<()>> = BTreeMap::new();
+            for number in 0.. {
+                let next = open.first_key_value().map_or(Time::MAX, |((at, _), _)| *at);
+                match receive.recv_timeout(next.remaining(seam::now())) {
+                    Ok(alarm) => drop(open.insert((alarm.at, number), alarm.end)),
+                    Err(mpsc::RecvTimeoutError::Timeout) => {}
+                    Err(mpsc::RecvTimeoutError::Disconnected) => return,
+                }
+                while let Some(due) = open.first_entry().filter(|entry| entry.key().0 <= seam::now()) {
+                    let _ = due.remove().send(());
+                }
+            }
+        });
+        send
+    })
+}
+
+/// Serves until the process is ended.
+pub async fn serve(listener: TcpListener, pace: Pace) {
     loop {
         let Ok((stream, _)) = listener.accept().await else { continue };
         let _ = stream.set_nodelay(true);
@@ -68,7 +115,9 @@ async fn answer(request: Request<Incoming>, pace: Pace) -> Result<Response<Body>
     if body["stream"] == true {
         return Ok(events(chat, tokens, &usage, pace));
     }
-    seam::sleep(pace.first + pace.next * (tokens as u32).saturating_sub(1)).await;
+    for at in 0..tokens {
+        pace.wait(at).await;
+    }
     let text = " time".repeat(tokens as usize);
     let choice = match chat {
         true => {
@@ -103,9 +152,8 @@ fn events(chat: bool, tokens: u64, usage: &Value, pace: Pace) -> Response<Body> 
     let body = stream::unfold(0, move |at| {
         let (each, last, end) = (each.clone(), last.clone(), end.clone());
         async move {
-            let wait = if at == 0 { pace.first } else { pace.next };
-            if !wait.is_zero() && at < tokens {
-                seam::sleep(wait).await;
+            if at < tokens {
+                pace.wait(at).await;
             }
             let piece = match at {
                 at if at + 1 < tokens => each,
@@ -120,4 +168,34 @@ fn events(chat: bool, tokens: u64, usage: &Value, pace: Pace) -> Response<Body> 
     let kind = hyper::header::HeaderValue::from_static("text/event-stream");
     response.headers_mut().insert(hyper::header::CONTENT_TYPE, kind);
     response
+}
+
+#[cfg(test)]
+mod tests {
+    use tandem_integration_tests::Client;
+
+    use super::*;
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn answers_have_the_tokens_asked_for_streamed_and_not_paced_and_not() {
+        for pace in [Pace::ZERO, Pace::PACED] {
+            let listener = seam::listen_tcp("127.0.0.1:0").await.expect("a port");
+            let client = Client::new(listener.local_addr().expect("an address"));
+            let server = seam::spawn(serve(listener, pace));
+            let mut body = json!({ "model": "responder", "prompt": "12 time", "max_tokens": 3 });
+            let whole = client.post("/v1/completions", &body).await;
+            assert_eq!(whole.json["usage"], json!({ "prompt_tokens": 3, "completion_tokens": 3 }));
+            assert_eq!(whole.json["choices"][0]["text"], " time time time");
+            body["stream"] = true.into();
+            let began = seam::now();
+            let events = client.stream("/v1/completions", &body).await.expect("a stream").rest().await;
+            let took = seam::now().since(began);
+            assert!(took >= pace.first + 2 * pace.next, "{took:?} is less than the pace");
+            assert_eq!(events.len(), 5, "three tokens, usage and the end: {events:?}");
+            let finishes: Vec<bool> = events.iter().map(|event| event.contains("\"length\"")).collect();
+            assert_eq!(finishes, [false, false, true, false, false]);
+            assert_eq!(client.get("/nope").await.status, 404);
+            server.abort();
+        }
+    }
 }
