@@ -16,7 +16,7 @@ use std::process::ExitCode;
 use serde::Serialize;
 use serde_json::json;
 use tandem_chassis::config::{HumanDuration, Slo};
-use tandem_chassis::{Shutdown, seam};
+use tandem_chassis::{Shutdown, raise_open_files, seam};
 use tandem_simulator::scenario::Arrivals;
 
 use crate::progress::Bar;
@@ -183,6 +183,7 @@ pub fn main(arguments: Vec<OsString>) -> ExitCode {
 async fn bench(config: &BenchConfig) -> Result<(), String> {
     let seed = config.seed.unwrap_or_else(|| seam::random_u64() >> 32);
     let plan = plan::plan(config, seed)?;
+    raise_open_files();
     let shutdown = Shutdown::new();
     // Owned by the runtime; it ends with the process.
     seam::spawn(tandem_chassis::drain::signal(shutdown.clone()));

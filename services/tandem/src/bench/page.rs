@@ -55,6 +55,7 @@ fn tables(run: &Run) -> String {
         ("TPOT", run.per_token_ms()),
         ("between tokens", run.gaps_ms()),
         ("end to end", run.whole_ms()),
+        ("to an error", run.error_ms()),
         ("sent late", run.late_ms()),
     ];
     let times = times.into_iter().filter(|(_, values)| !values.is_empty()).map(|(name, values)| {

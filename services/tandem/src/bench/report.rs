@@ -83,6 +83,12 @@ impl Run {
         self.whole().map(|answer| ms(answer.over.since(answer.sent))).collect()
     }
 
+    /// Times until a request was refused, or lost before anything was streamed.
+    pub fn error_ms(&self) -> Vec<f64> {
+        let refused = self.driven.answers.iter().filter(|answer| matches!(answer.end, End::Error(_)));
+        refused.map(|answer| ms(answer.over.since(answer.sent))).collect()
+    }
+
     /// How long after they were due requests were sent; none where nothing was due.
     pub fn late_ms(&self) -> Vec<f64> {
         let answers = self.driven.answers.iter().filter(|_| self.scheduled);
@@ -215,6 +221,7 @@ impl Run {
             "errors_by_kind": errors,
             "cut_by_kind": cut,
             "late_ms": spread(self.late_ms()),
+            "error_ms": spread(self.error_ms()),
             "slo": self.slo,
             "client_cpu_us_per_request": share(own, requests as u64),
             "client_cpu_us_per_token": share(own, tokens),
@@ -259,6 +266,7 @@ impl Run {
             ("TPOT", self.per_token_ms()),
             ("between tokens", self.gaps_ms()),
             ("end to end", self.whole_ms()),
+            ("to an error", self.error_ms()),
             ("sent late", self.late_ms()),
         ] {
             if !values.is_empty() {
@@ -340,7 +348,7 @@ pub mod tests {
             answer(500, 200, 20, 11, End::Whole),
             answer(1000, 1500, 10, 11, End::Whole),
             answer(1500, 100, 60, 11, End::Whole),
-            answer(1600, 1, 1, 1, error),
+            answer(1600, 7, 1, 1, error),
             answer(2000, 100, 10, 5, End::Cut("no finish reason".to_owned())),
         ];
         let driven = Driven {
@@ -391,6 +399,7 @@ pub mod tests {
             ("tpot_ms", 10.0, 20.0, 25.0),
             ("itl_ms", 10.0, 60.0, 25.0),
             ("e2e_ms", 400.0, 700.0, 725.0),
+            ("error_ms", 7.0, 7.0, 7.0),
         ] {
             let spread = &json[name];
             let near = |key: &str, wanted: f64| (spread[key].as_f64().expect(key) - wanted).abs() < 1e-6;
