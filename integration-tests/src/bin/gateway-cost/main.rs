@@ -20,7 +20,7 @@ use responder::Pace;
 use scenarios::{Figure, Measure, SCENARIOS, Scenario};
 use subjects::{Fleet, Subject};
 use tandem_chassis::group::{Group, listener};
-use tandem_chassis::seam;
+use tandem_chassis::{raise_open_files, seam};
 
 const HELP: &str = "gateway-cost [--peer NAME=URL]... [--only TEXT] [--quick] [--rounds N] [--seconds N] [--model DIR] \
                     [--json FILE]";
@@ -101,7 +101,7 @@ async fn bench(options: Options) -> Result<(), String> {
             vocabulary::checkpoint(beside).map_err(|error| format!("the vocabulary: {error}"))?
         }
     };
-    open_files();
+    raise_open_files();
     let mut fleet = Fleet::start(&options, &checkpoint).await?;
     for subject in &mut fleet.subjects {
         subject.bytes_per_token = scenarios::bytes_per_token(subject).await?;
@@ -166,18 +166,6 @@ async fn start_again(fleet: &mut Fleet, at: usize) -> Result<Figure, String> {
     fleet.subjects[at].group = Some(group);
     fleet.keep(started);
     Ok(Figure { value: Some(seconds), ..Figure::default() })
-}
-
-/// As many connections as the system allows.
-fn open_files() {
-    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
-    // SAFETY: plain system calls; the pointer is to a value on this stack.
-    unsafe {
-        if libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) == 0 {
-            limit.rlim_cur = limit.rlim_max;
-            libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit);
-        }
-    }
 }
 
 /// `respond PORT zero|paced`: the responder, as a process of its own.

@@ -131,7 +131,7 @@ pub struct Figure {
     pub per_second: Option<f64>,
     /// What of it is left when its cause is gone.
     pub left: Option<f64>,
-    /// Requests that were not answered as they should be.
+    /// Requests that were not answered, or connections that were not held, as they should be.
     pub failed: u64,
     /// Whether the client was its own bottleneck.
     pub client_bound: bool,
@@ -171,8 +171,8 @@ pub async fn measure(scenario: &Scenario, subject: &Subject, options: &Options) 
             Ok(Figure { value: Some(mib(group.resident_bytes()) - before), ..ran })
         }
         Measure::Idle => {
-            let (during, left) = sockets::idle(address, group, IDLE / few).await?;
-            Ok(Figure { left: Some(left), ..value(during) })
+            let idle = sockets::idle(address, group, IDLE / few).await?;
+            Ok(Figure { left: Some(idle.after), failed: idle.refused as u64, ..value(idle.during) })
         }
         Measure::SlowReaders => {
             let model = model(&Client::new(address)).await.ok_or("it lists no model")?;

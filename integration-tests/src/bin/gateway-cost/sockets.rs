@@ -12,23 +12,43 @@ use tokio::net::{TcpSocket, TcpStream};
 const SETTLE: Duration = Duration::from_secs(2);
 /// Requests that are sent at a time while many connections are made.
 const BATCH: usize = 64;
+/// Time in which an answer to nothing in particular comes, or never.
+const ANSWER_MAX: Duration = Duration::from_secs(5);
 /// What a slow reader's system takes in for it.
 const RECEIVE_BYTES: u32 = 16 << 10;
 
-/// Resident KiB per idle connection, and how much of that is left when they are gone.
-pub async fn idle(address: SocketAddr, group: Group, count: usize) -> Result<(f64, f64), String> {
+/// What idle connections cost.
+pub struct Idle {
+    /// Resident KiB per connection that was held.
+    pub during: f64,
+    /// How much of that was left when they had gone.
+    pub after: f64,
+    /// Connections that were not held: not answered within [`ANSWER_MAX`], or closed before they were counted.
+    pub refused: usize,
+}
+
+/// Opens `count` connections, sends a request on each, and leaves them be.
+pub async fn idle(address: SocketAddr, group: Group, count: usize) -> Result<Idle, String> {
     let before = group.resident_bytes();
     let mut open = Vec::with_capacity(count);
     while open.len() < count {
         let batch = (0..BATCH.min(count - open.len())).map(|_| connected(address));
-        open.extend(futures_util::future::try_join_all(batch).await?);
+        match seam::timeout(ANSWER_MAX, futures_util::future::try_join_all(batch)).await {
+            Ok(batch) => open.extend(batch?),
+            Err(_) => break, // it takes no more
+        }
     }
     seam::sleep(SETTLE).await;
     let during = group.resident_bytes();
+    let still_open = |stream: &&TcpStream| {
+        let read = stream.try_read(&mut [0; 1]);
+        read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
+    };
+    let held = open.iter().filter(still_open).count();
     drop(open);
     seam::sleep(SETTLE).await;
-    let per = |bytes: u64| bytes.saturating_sub(before) as f64 / 1024.0 / count as f64;
-    Ok((per(during), per(group.resident_bytes())))
+    let per = |bytes: u64| bytes.saturating_sub(before) as f64 / 1024.0 / held.max(1) as f64;
+    Ok(Idle { during: per(during), after: per(group.resident_bytes()), refused: count - held })
 }
 
 /// A connection on which one request has been answered.

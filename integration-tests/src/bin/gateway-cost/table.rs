@@ -60,7 +60,7 @@ fn failures(names: &[&str], line: &Line) -> Vec<String> {
         let note = match (failed, bound) {
             (0, false) => return None,
             (0, true) => "the client was the bottleneck".to_owned(),
-            (failed, _) => format!("{failed} requests failed"),
+            (failed, _) => format!("{failed} failed"),
         };
         Some(format!("\n{}, {name}: {note}", line.scenario.name))
     });
@@ -177,7 +177,7 @@ mod tests {
             text.contains("| short, 128 at once | 2000, 1.000 | 1000, 0.500 | 110, 0.055 | 150, 0.075 |"),
             "{text}"
         );
-        assert!(text.contains("tandem plain: 2 requests failed"), "{text}");
+        assert!(text.contains("tandem plain: 2 failed"), "{text}");
         let json = json(&names, &lines);
         assert_eq!(json["lines"][0]["gateways"]["nginx"][1]["value"], 20.0);
         assert_eq!(json["lines"][0]["goal_pd"], 140.0);
