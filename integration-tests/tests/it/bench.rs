@@ -37,8 +37,26 @@ const USAGE: &str =
 const ERROR: &str =
     "data: {\"error\":{\"message\":\"gone\",\"type\":\"server_error\",\"code\":\"worker_lost\"}}\n\n";
 
-/// Answers streamed requests by `script`, round and round; says each of their bodies to `seen` first.
+/// How the server counts tokens outside of streams.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Tokenize {
+    /// It has no `/tokenize`.
+    Missing,
+    /// By `/tokenize` as by usage.
+    Right,
+    /// By `/tokenize` one more than by usage.
+    Wrong,
+}
+
 async fn server(script: &'static [Behaviour]) -> (SocketAddr, mpsc::UnboundedReceiver<Value>) {
+    tokenizing_server(script, Tokenize::Missing).await
+}
+
+/// Answers streamed requests by `script`, round and round; says the body of every completion to `seen` first.
+async fn tokenizing_server(
+    script: &'static [Behaviour],
+    tokenize: Tokenize,
+) -> (SocketAddr, mpsc::UnboundedReceiver<Value>) {
     let listener = seam::listen_tcp("127.0.0.1:0").await.expect("a port");
     let address = listener.local_addr().expect("an address");
     let (say, seen) = mpsc::unbounded_channel();
@@ -47,8 +65,14 @@ async fn server(script: &'static [Behaviour]) -> (SocketAddr, mpsc::UnboundedRec
         let mut turn = script.iter().cycle();
         while let Ok((mut stream, _)) = listener.accept().await {
             let Some((head, body)) = request(&mut stream).await else { continue };
+            // Every word and every digit is a token.
+            let cost =
+                |word: &str| if word.starts_with(|c: char| c.is_ascii_digit()) { word.len() } else { 1 };
+            let tokens: usize = body["prompt"].as_str().unwrap_or_default().split(' ').map(cost).sum();
             let answer = if head.starts_with("GET /v1/models ") {
                 whole("200 OK", &json!({ "data": [{ "id": "invented" }] }))
+            } else if head.starts_with("POST /tokenize ") && tokenize != Tokenize::Missing {
+                whole("200 OK", &json!({ "count": tokens + usize::from(tokenize == Tokenize::Wrong) }))
             } else if !head.starts_with("POST /v1/completions ") {
                 whole("404 Not Found", &json!({ "error": { "message": "no such path" } }))
             } else if body["stream"] == true {
@@ -63,10 +87,7 @@ async fn server(script: &'static [Behaviour]) -> (SocketAddr, mpsc::UnboundedRec
                 }
                 continue;
             } else {
-                // Every word and every digit is a token.
-                let prompt = body["prompt"].as_str().expect("a prompt");
-                let cost = |word: &str| if word.as_bytes()[0].is_ascii_digit() { word.len() } else { 1 };
-                let tokens: usize = prompt.split(' ').map(cost).sum();
+                let _ = say.send(body);
                 let choice = json!({ "text": "x", "finish_reason": "length" });
                 whole("200 OK", &json!({ "choices": [choice], "usage": { "prompt_tokens": tokens } }))
             };
@@ -218,6 +239,9 @@ fn every_way_to_end_is_counted_as_what_it_is() {
 
         let mut firsts = std::collections::HashSet::new();
         while let Ok(body) = seen.try_recv() {
+            if body["stream"] != true {
+                continue; // it counts tokens
+            }
             let prompt = body["prompt"].as_str().expect("a prompt");
             // Eight digits and twelve words.
             assert_eq!(prompt.split(' ').count(), 13, "{prompt}");
@@ -225,6 +249,31 @@ fn every_way_to_end_is_counted_as_what_it_is() {
             firsts.insert(prompt.split(' ').next().unwrap_or_default().to_owned());
         }
         assert_eq!(firsts.len(), 24, "no two prompts begin alike");
+    });
+}
+
+#[test]
+fn tokenize_is_asked_instead_of_completions_where_both_count_alike() {
+    run(async {
+        for tokenize in [Tokenize::Missing, Tokenize::Right, Tokenize::Wrong] {
+            let (address, mut seen) = tokenizing_server(&[Behaviour::Whole], tokenize).await;
+            let load = ["--concurrency", "2", "--requests", "6", "--input-tokens", "20"];
+            let output = bench(address, &load).await;
+            assert!(output.status.success(), "{output:?}");
+            let (mut small, mut streams) = (0, 0);
+            while let Ok(body) = seen.try_recv() {
+                let prompt = body["prompt"].as_str().expect("a prompt");
+                if body["stream"] == true {
+                    streams += 1;
+                    // Eight digits and twelve words.
+                    assert_eq!(prompt.split(' ').count(), 13, "{tokenize:?}: {prompt}");
+                } else {
+                    small += 1;
+                }
+            }
+            assert_eq!(streams, 6);
+            assert_eq!(small == 1, tokenize == Tokenize::Right, "{tokenize:?}: {small} small completions");
+        }
     });
 }
 
@@ -252,8 +301,10 @@ fn interrupted_it_shows_what_it_has_measured() {
             .stderr(Stdio::piped())
             .spawn()
             .expect("it runs");
-        for _ in 0..4 {
-            seen.recv().await.expect("the server lives");
+        let mut streams = 0;
+        while streams < 4 {
+            let body = seen.recv().await.expect("the server lives");
+            streams += u32::from(body["stream"] == true);
         }
         // SAFETY: a plain system call on a process this test has started.
         let interrupted = unsafe { libc::kill(child.id() as i32, libc::SIGINT) };

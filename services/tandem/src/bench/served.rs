@@ -137,21 +137,38 @@ impl Served {
     }
 }
 
-impl Counts for Served {
-    async fn count(&mut self, text: &str) -> Result<Option<u32>, String> {
+impl Served {
+    /// As `/tokenize` counts.
+    async fn tokenized(&self, text: &str) -> Option<u32> {
+        let answer = self.post("/tokenize", &self.prompt(text)).await;
+        Some(answer.ok()?["count"].as_u64()? as u32)
+    }
+
+    /// As the usage of a small request counts.
+    async fn used(&self, text: &str) -> Result<Option<u32>, String> {
         let mut body = self.prompt(text);
-        if self.tokenizes != Some(false) {
-            let answer = self.post("/tokenize", &body).await;
-            let count = answer.ok().and_then(|answer| Some(answer["count"].as_u64()? as u32));
-            self.tokenizes = Some(count.is_some());
-            if count.is_some() {
-                return Ok(count);
-            }
-        }
         body["max_tokens"] = 1.into();
         let path = self.endpoint();
         let answer = self.post(path.strip_prefix(&self.base).expect("it begins so"), &body).await?;
         Ok(answer["usage"]["prompt_tokens"].as_u64().map(|count| count as u32))
+    }
+}
+
+impl Counts for Served {
+    async fn count(&mut self, text: &str) -> Result<Option<u32>, String> {
+        if self.tokenizes != Some(false)
+            && let Some(count) = self.tokenized(text).await
+        {
+            if self.tokenizes == Some(true) {
+                return Ok(Some(count));
+            }
+            // It is believed where both say the same: a template or a first token may be counted by one only.
+            let used = self.used(text).await?;
+            self.tokenizes = Some(used.is_none_or(|used| used == count));
+            return Ok(used.or(Some(count)));
+        }
+        self.tokenizes = Some(false);
+        self.used(text).await
     }
 }
 
