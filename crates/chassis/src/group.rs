@@ -66,8 +66,24 @@ fn processes() -> impl Iterator<Item = i64> {
     entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok())
 }
 
+/// Whether anybody listens on a TCP port of this host. A socket may outlive its process by a moment.
+pub fn listens(port: u16) -> bool {
+    !sockets(port).is_empty()
+}
+
 /// A process of this host that listens on a TCP port; the one with the lowest number where several share it.
 pub fn listener(port: u16) -> Option<i64> {
+    let sockets = sockets(port);
+    let holds = |pid: &i64| {
+        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
+        open.filter_map(|entry| fs::read_link(entry.path()).ok())
+            .any(|link| link.to_str().is_some_and(|link| sockets.contains(link)))
+    };
+    processes().filter(holds).min()
+}
+
+/// Links to the sockets that listen on a port, as they stand in `/proc/PID/fd`.
+fn sockets(port: u16) -> HashSet<String> {
     let wanted = format!(":{port:04X}");
     let tables = ["/proc/net/tcp", "/proc/net/tcp6"].map(|path| fs::read_to_string(path).unwrap_or_default());
     let listens = |line: &&str| {
@@ -75,14 +91,7 @@ pub fn listener(port: u16) -> Option<i64> {
         words.next().is_some_and(|local| local.ends_with(&wanted)) && words.nth(1) == Some("0A")
     };
     let rows = tables.iter().flat_map(|table| table.lines()).filter(listens);
-    let sockets: HashSet<String> =
-        rows.filter_map(|line| Some(format!("socket:[{}]", line.split_whitespace().nth(9)?))).collect();
-    let holds = |pid: &i64| {
-        let open = fs::read_dir(format!("/proc/{pid}/fd")).into_iter().flatten().flatten();
-        open.filter_map(|entry| fs::read_link(entry.path()).ok())
-            .any(|link| link.to_str().is_some_and(|link| sockets.contains(link)))
-    };
-    processes().filter(holds).min()
+    rows.filter_map(|line| Some(format!("socket:[{}]", line.split_whitespace().nth(9)?))).collect()
 }
 
 #[cfg(test)]
@@ -94,7 +103,7 @@ mod tests {
         let listener_socket = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
         let port = listener_socket.local_addr().expect("an address").port();
         let pid = std::process::id() as i64;
-        assert_eq!(listener(port), Some(pid));
+        assert_eq!((listener(port), listens(port)), (Some(pid), true));
         let group = Group::of(pid);
         assert_eq!(group.members(), [pid], "our own group is no measure of a process in it");
         assert!(group.resident_bytes() > 500_000);
@@ -103,6 +112,10 @@ mod tests {
             sum = (0..100_000u64).fold(sum, |sum, number| std::hint::black_box(sum ^ number));
         }
         drop(listener_socket);
+        // A child of another test may hold it until it has become another program.
+        while listens(port) {
+            std::thread::yield_now();
+        }
         assert_eq!(listener(port), None);
     }
 

@@ -19,7 +19,7 @@ use std::time::Duration;
 use responder::Pace;
 use scenarios::{Figure, Measure, SCENARIOS, Scenario};
 use subjects::{Fleet, Subject};
-use tandem_chassis::group::{Group, listener};
+use tandem_chassis::group::{Group, listens};
 use tandem_chassis::{raise_open_files, seam};
 
 const HELP: &str = "gateway-cost [--peer NAME=URL]... [--only TEXT] [--quick] [--rounds N] [--seconds N] [--model DIR] \
@@ -158,7 +158,7 @@ async fn start_again(fleet: &mut Fleet, at: usize) -> Result<Figure, String> {
     // SAFETY: a plain system call on a group that was started for this bench and leads itself.
     unsafe { libc::kill(-(group.pid() as i32), libc::SIGKILL) };
     let port = subjects::address(&subject.url)?.port();
-    while listener(port).is_some() {
+    while listens(port) {
         seam::sleep(Duration::from_millis(5)).await;
     }
     let (seconds, started) = scenarios::start(subject).await?;
