@@ -46,6 +46,8 @@ enum Tokenize {
     Right,
     /// By `/tokenize` one more than by usage.
     Wrong,
+    /// Not at all: whoever asks waits.
+    Never,
 }
 
 async fn server(script: &'static [Behaviour]) -> (SocketAddr, mpsc::UnboundedReceiver<Value>) {
@@ -71,6 +73,10 @@ async fn tokenizing_server(
             let tokens: usize = body["prompt"].as_str().unwrap_or_default().split(' ').map(cost).sum();
             let answer = if head.starts_with("GET /v1/models ") {
                 whole("200 OK", &json!({ "data": [{ "id": "invented" }] }))
+            } else if tokenize == Tokenize::Never {
+                let _ = say.send(body);
+                hold(stream);
+                continue;
             } else if head.starts_with("POST /tokenize ") && tokenize != Tokenize::Missing {
                 whole("200 OK", &json!({ "count": tokens + usize::from(tokenize == Tokenize::Wrong) }))
             } else if !head.starts_with("POST /v1/completions ") {
@@ -81,9 +87,7 @@ async fn tokenizing_server(
                 let answer = streamed(behaviour);
                 let _ = stream.write_all(answer.as_bytes()).await;
                 if let Behaviour::Hangs = behaviour {
-                    seam::spawn(async move {
-                        let _ = stream.read(&mut [0; 1]).await; // until the client leaves
-                    });
+                    hold(stream);
                 }
                 continue;
             } else {
@@ -95,6 +99,13 @@ async fn tokenizing_server(
         }
     });
     (address, seen)
+}
+
+/// Keeps a connection until the client leaves.
+fn hold(mut stream: tokio::net::TcpStream) {
+    seam::spawn(async move {
+        let _ = stream.read(&mut [0; 1]).await;
+    });
 }
 
 /// One request: its head, and its body as JSON.
@@ -169,6 +180,15 @@ async fn bench(address: SocketAddr, arguments: &[&str]) -> Output {
     let mut command = Command::new(tandem());
     command.args(["bench", "--url", &format!("http://{address}")]).args(arguments);
     let output = tokio::task::spawn_blocking(move || command.output().expect("it runs"));
+    output.await.expect("the runner lives")
+}
+
+/// Ctrl-C, and what it says until its end.
+async fn interrupt(child: std::process::Child) -> Output {
+    // SAFETY: a plain system call on a process this test has started and not waited for.
+    let interrupted = unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    assert_eq!(interrupted, 0);
+    let output = tokio::task::spawn_blocking(move || child.wait_with_output().expect("it ends"));
     output.await.expect("the runner lives")
 }
 
@@ -306,17 +326,31 @@ fn interrupted_it_shows_what_it_has_measured() {
             let body = seen.recv().await.expect("the server lives");
             streams += u32::from(body["stream"] == true);
         }
-        // SAFETY: a plain system call on a process this test has started.
-        let interrupted = unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
-        assert_eq!(interrupted, 0);
-        let output = tokio::task::spawn_blocking(move || child.wait_with_output().expect("it ends"));
-        let output = output.await.expect("the runner lives");
+        let output = interrupt(child).await;
         assert!(output.status.success(), "{output:?}");
         let ran = report.run();
         assert_form(&ran);
         assert_eq!((&ran["requests"], &ran["unfinished"]), (&json!(3), &json!(1)), "{ran:#}");
         assert_eq!(ran["interrupted"], true);
         assert!(String::from_utf8_lossy(&output.stdout).contains("ended early with 1 requests running"));
+    });
+}
+
+#[test]
+fn interrupted_before_anything_was_sent_it_says_so() {
+    run(async {
+        let (address, mut seen) = tokenizing_server(&[Behaviour::Whole], Tokenize::Never).await;
+        let url = format!("http://{address}");
+        let child = Command::new(tandem())
+            .args(["bench", "--url", &url, "--concurrency", "1"])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .expect("it runs");
+        seen.recv().await.expect("the server lives");
+        let output = interrupt(child).await;
+        assert_eq!(output.status.code(), Some(1), "{output:?}");
+        assert!(String::from_utf8_lossy(&output.stderr).contains("before anything was sent"), "{output:?}");
     });
 }
 

@@ -187,11 +187,7 @@ async fn bench(config: &BenchConfig) -> Result<(), String> {
     let shutdown = Shutdown::new();
     // Owned by the runtime; it ends with the process.
     seam::spawn(tandem_chassis::drain::signal(shutdown.clone()));
-    let run = tokio::select! {
-        run = measure(config, plan, seed, &shutdown) => run?,
-        // Once requests are sent, `measure` notices by itself and brings what there is.
-        () = shutdown.stopped() => return Err("ended before there was anything to show".into()),
-    };
+    let run = measure(config, plan, seed, &shutdown).await?;
     print!("{}", run.text());
     if let Some(path) = &config.json {
         let text =
@@ -213,8 +209,16 @@ async fn measure(
     seed: u64,
     shutdown: &Shutdown,
 ) -> Result<Run, String> {
-    let mut served = Served::find(config).await?;
-    let costs = Costs::measure(&mut served).await?;
+    let ready = async {
+        let mut served = Served::find(config).await?;
+        let costs = Costs::measure(&mut served).await?;
+        let router = served.router(config).await?;
+        Ok::<_, String>((served, costs, router))
+    };
+    let (served, costs, router) = tokio::select! {
+        ready = ready => ready?,
+        () = shutdown.draining() => return Err("ended before anything was sent".into()),
+    };
     let counted = costs.is_some();
     let costs = costs.unwrap_or_else(Costs::guessed);
     let (before, behind, end) = served.body(!config.no_stream);
@@ -224,7 +228,6 @@ async fn measure(
         (config.name.clone().unwrap_or_else(|| plan.name.clone()), plan.at_once.is_none());
     let planned = plan.ends.filter(|_| config.requests.is_none());
     let bar = Bar::new(0);
-    let router = served.router(config).await?;
     let driven = drive::drive(&server, plan, form, shutdown, &bar).await;
     let after = served.router(config).await.ok().flatten();
     bar.end();
