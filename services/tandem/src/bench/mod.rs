@@ -231,8 +231,10 @@ async fn measure(
     let driven = drive::drive(&server, plan, form, shutdown, &bar).await;
     let after = served.router(config).await.ok().flatten();
     bar.end();
+    // A router that was started again in between has spent less than before.
     let router_seconds =
         router.as_ref().zip(after.as_ref()).map(|(before, after)| after.seconds - before.seconds);
+    let router_seconds = router_seconds.filter(|seconds| *seconds >= 0.0);
     let mut said = serde_json::to_value(config).map_err(|e| e.to_string())?;
     said["seed"] = seed.into();
     said["model"] = served.model().into();
