@@ -107,7 +107,7 @@ async fn bench(options: Options) -> Result<(), String> {
         subject.bytes_per_token = scenarios::bytes_per_token(subject).await?;
     }
     let wanted = SCENARIOS.iter().filter(|scenario| scenario.name.contains(&options.only));
-    // Memory first: after a load it would come out of what that has left.
+    // Memory first: of peers, which are not started again, it would come out of what a load has left.
     let (memory, loads): (Vec<_>, Vec<_>) = wanted.partition(|scenario| scenario.once);
     let mut lines = Vec::new();
     for scenario in memory.into_iter().chain(loads) {
@@ -131,6 +131,12 @@ async fn line(scenario: &'static Scenario, fleet: &mut Fleet, options: &Options)
     for round in 0..rounds {
         for (at, figures) in figures.iter_mut().enumerate() {
             eprintln!("{}: {}, round {} of {rounds}", scenario.name, fleet.subjects[at].name, round + 1);
+            let memory = scenario.once && !matches!(scenario.measure, Measure::Rest);
+            if memory && fleet.subjects[at].start.is_some() {
+                // What an earlier scenario has left would be taken for this one's.
+                start_again(fleet, at).await?;
+                scenarios::bytes_per_token(&fleet.subjects[at]).await?;
+            }
             let figure = match scenario.measure {
                 Measure::Start => start_again(fleet, at).await,
                 _ => scenarios::measure(scenario, &fleet.subjects[at], options).await,
