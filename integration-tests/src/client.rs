@@ -61,7 +61,12 @@ impl Client {
 
     /// GET.
     pub async fn get(&self, path: &str) -> Answer {
-        self.whole(Request::get(format!("{}{path}", self.base)), Bytes::new()).await.expect(path)
+        self.try_get(path).await.expect(path)
+    }
+
+    /// GET; an error if nobody answers.
+    pub async fn try_get(&self, path: &str) -> Result<Answer, String> {
+        self.whole(Request::get(format!("{}{path}", self.base)), Bytes::new()).await
     }
 
     /// POST of JSON.

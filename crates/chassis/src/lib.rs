@@ -9,6 +9,7 @@ pub mod admin;
 pub mod config;
 pub mod drain;
 pub mod fail;
+pub mod group;
 pub mod grpc;
 pub mod http;
 pub mod metrics;
@@ -19,5 +20,5 @@ mod tasks;
 pub mod telemetry;
 
 pub use drain::Shutdown;
-pub use process::{ProcessFacts, process_facts, raise_file_limit};
+pub use process::{ProcessFacts, process_facts, raise_open_files};
 pub use tasks::Tasks;

@@ -98,7 +98,8 @@ pub struct Spread {
 }
 
 impl Spread {
-    fn of(mut values: Vec<f64>) -> Spread {
+    /// Of values in any order; all zero where there are none.
+    pub fn of(mut values: Vec<f64>) -> Spread {
         if values.is_empty() {
             return Spread::default();
         }
@@ -108,7 +109,8 @@ impl Spread {
         Spread { p50: at(0.5), p90: at(0.9), p99: at(0.99), mean }
     }
 
-    fn json(&self) -> Value {
+    /// As it stands in reports.
+    pub fn json(&self) -> Value {
         json!({ "p50": self.p50, "p90": self.p90, "p99": self.p99, "mean": self.mean })
     }
 }

@@ -130,6 +130,29 @@ impl Trace {
         Ok(trace)
     }
 
+    /// One column of whole numbers of such a file, at least 1 each: lengths by whatever name.
+    pub fn column(path: &Path, name: &str) -> Result<Vec<u32>, Error> {
+        let file = path.display().to_string();
+        let read_error = |source| Error::Read { path: file.clone(), source };
+        let mut text = String::new();
+        GzDecoder::new(File::open(path).map_err(read_error)?)
+            .read_to_string(&mut text)
+            .map_err(read_error)?;
+        let form = |line: usize, what: String| Error::Form { path: file.clone(), line, what };
+        let mut lines = text.lines();
+        let header: Vec<&str> = lines.next().unwrap_or_default().split(',').collect();
+        let at = header.iter().position(|column| *column == name);
+        let at =
+            at.ok_or_else(|| form(1, format!("there is no column {name}; there are {}", header.join(", "))))?;
+        let numbers = lines.enumerate().map(|(number, line)| {
+            let cell = line.split(',').nth(at).unwrap_or_default();
+            let value = cell.parse::<f64>().ok().filter(|value| value.is_finite() && *value >= 0.0);
+            let value = value.ok_or_else(|| form(number + 2, format!("{cell:?} is no length")))?;
+            Ok((value as u32).max(1))
+        });
+        numbers.collect()
+    }
+
     /// The rows from `offset` on, for `seconds`; times count from there.
     pub fn window(&self, offset: f64, seconds: Option<f64>) -> Trace {
         let (from, to) = (offset * 1e3, seconds.map_or(f64::INFINITY, |s| (offset + s) * 1e3));

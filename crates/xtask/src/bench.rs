@@ -56,6 +56,21 @@ const BENCHES: &[Bench] = &[
             program: "roles-goodput",
         }],
     },
+    Bench {
+        name: "gateway",
+        what: "what our router costs and holds in memory, beside nginx, no gateway at all and any peer that already\n           \
+               runs (--peer NAME=URL, --only TEXT, --quick, --rounds N, --seconds N, --json FILE)",
+        parts: &[Part {
+            name: "cost",
+            build: &[
+                "--package=tandem-integration-tests",
+                "--bin=gateway-cost",
+                "--package=tandem",
+                "--bin=tandem",
+            ],
+            program: "gateway-cost",
+        }],
+    },
 ];
 
 /// The benches with what they measure, one a line.
@@ -125,7 +140,7 @@ mod tests {
 
     #[test]
     fn a_wrong_bench_names_the_right_ones() {
-        assert_eq!(chosen_by("").unwrap_err(), "which bench?: it is one of transfer, roles");
+        assert_eq!(chosen_by("").unwrap_err(), "which bench?: it is one of transfer, roles, gateway");
         assert!(chosen_by("speed").unwrap_err().contains("no bench `speed`: it is one of transfer"));
         assert!(chosen_by("transfer --part x").unwrap_err().contains("transports, exposed"));
         assert!(chosen_by("transfer --json out").unwrap_err().contains("--part"));

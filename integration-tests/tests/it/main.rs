@@ -1,6 +1,7 @@
 //! The integration tests: one binary, a tree of modules.
 //!
 //! - `walking`: requests through the public door of a cluster in this process
+//! - `bench`: `tandem bench` against a server that misbehaves on purpose, and against a real cluster
 //! - `equality`: hand-offs change no bit
 //! - `handoff`: what is moved, when, and what becomes of bytes that are wrong
 //! - `leaks`: nothing is held after the last request, whatever was cancelled
@@ -18,6 +19,7 @@
 //! - `openai`: the openai Python package, unmodified
 
 mod bad_inputs;
+mod bench;
 mod broken;
 mod chaos;
 mod equality;

@@ -139,7 +139,9 @@ fn a_wrong_option_is_answered_by_the_right_one() {
     for (arguments, part) in [
         (&["up", "--prefil", "2"][..], "--prefill"),
         (&["upp"], "tandem up"),
-        (&["bench"], "not in this version"),
+        (&["top"], "not in this version"),
+        (&["bench", "--concurency", "4"], "--concurrency"),
+        (&["bench"], "exactly one of --concurrency N, --rate R and --trace FILE"),
         (&["sim", "--split", "3P3D"], "not a split of 8 workers"),
         (&["up", "--encoder", "1"], "no encoder"),
         (&["worker", "--model", "x"], "--etcd URL"),

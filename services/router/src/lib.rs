@@ -83,7 +83,7 @@ pub async fn start(
     shutdown: Shutdown,
 ) -> Result<Running, StartError> {
     config.check().map_err(StartError::Config)?;
-    tandem_chassis::raise_file_limit();
+    tandem_chassis::raise_open_files();
     let dir = config.model.clone().ok_or_else(|| StartError::Config("--model DIR is needed".into()))?;
     let model_name = config.model_name.clone().unwrap_or_else(|| {
         dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()

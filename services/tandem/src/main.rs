@@ -1,9 +1,12 @@
 //! The `tandem` command: a whole cluster on this machine, and a window into any other.
 
+mod bench;
 mod chat;
 mod http;
 mod loading;
 mod model;
+mod plot;
+mod progress;
 mod sim;
 mod status;
 mod up;
@@ -25,6 +28,7 @@ Commands:
   up       Start a whole cluster on this machine and print its endpoint
   status   Show the processes of a running cluster
   chat     Talk to a running cluster in the terminal
+  bench    Put a load on a running cluster and measure it
   sim      Simulate a cluster under a trace, against every baseline
   router   Run a router alone
   worker   Run a worker alone (--role prefill, decode or mixed)
@@ -33,7 +37,7 @@ Commands:
 ";
 
 /// Commands of the design that this version does not have.
-const LATER: &[&str] = &["bench", "top", "selftest"];
+const LATER: &[&str] = &["top", "selftest"];
 
 fn main() -> ExitCode {
     let command = std::env::args_os().nth(1).unwrap_or_default().to_string_lossy().into_owned();
@@ -46,6 +50,7 @@ fn main() -> ExitCode {
         "status" => status::main(rest("status")),
         "chat" => chat::main(rest("chat")),
         "sim" => sim::main(rest("sim")),
+        "bench" => bench::main(rest("bench")),
         "router" => tandem_router::process_main(rest("router")),
         "worker" => tandem_worker::process_main(rest("worker"), None),
         "help" | "--help" | "-h" => {
@@ -65,7 +70,7 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
         unknown => {
-            let known = ["up", "status", "chat", "sim", "router", "worker", "help"];
+            let known = ["up", "status", "chat", "bench", "sim", "router", "worker", "help"];
             let right = tandem_chassis::config::nearest(unknown, known).unwrap_or("help");
             eprintln!("error: there is no command `{unknown}`: did you mean `tandem {right}`?");
             ExitCode::from(2)

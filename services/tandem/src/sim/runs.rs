@@ -1,11 +1,10 @@
 //! Which runs a command stands for, and running them.
 
-use std::io::{IsTerminal, Write};
-
 use tandem_batching::pace::Order;
 use tandem_simulator::{Options, Outcome, Run, Scenario, Split, search};
 
 use super::{SimConfig, options};
+use crate::progress::Bar;
 
 /// Prompt tokens of a step that mixed workers are tried with.
 pub const CHUNKS: [u32; 4] = [256, 512, 1024, 2048];
@@ -164,46 +163,5 @@ fn named(options: &Options, scale: f64) -> Run {
         split: options.split.to_string(),
         seed: options.seed,
         scale,
-    }
-}
-
-/// How far it is, on one line of a terminal.
-pub struct Bar {
-    all: usize,
-    done: std::cell::Cell<usize>,
-    shown: bool,
-}
-
-impl Bar {
-    /// Nothing done yet.
-    pub fn new(all: usize) -> Bar {
-        Bar { all, done: std::cell::Cell::new(0), shown: std::io::stderr().is_terminal() }
-    }
-
-    /// A bar that only says what is being done.
-    pub fn of_unknown_length() -> Bar {
-        Bar::new(0)
-    }
-
-    /// The next one begins.
-    pub fn step(&self, what: &str) {
-        let done = self.done.get();
-        self.done.set(done + 1);
-        if self.shown {
-            let full = (done * 30) / self.all.max(1);
-            let bar: String = (0..30).map(|i| if i < full { '#' } else { '.' }).collect();
-            match self.all {
-                0 => eprint!("\r{:<6} {what:<90}", done + 1),
-                all => eprint!("\r[{bar}] {done}/{all} {what:<50}"),
-            }
-            let _ = std::io::stderr().flush();
-        }
-    }
-
-    /// All done.
-    pub fn end(&self) {
-        if self.shown {
-            eprint!("\r{:<100}\r", "");
-        }
     }
 }

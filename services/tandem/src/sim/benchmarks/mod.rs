@@ -17,7 +17,8 @@ use tandem_simulator::scenario::{Arrivals, Scenario};
 use tandem_simulator::{Options, Workload, run};
 
 use super::SimConfig;
-use super::runs::{self, Bar, Planned};
+use super::runs::{self, Planned};
+use crate::progress::Bar;
 
 /// A part of the tables.
 struct Section {
