@@ -16,7 +16,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, header};
 use axum::middleware::{self, Next};
@@ -56,8 +56,10 @@ pub(crate) fn routes(model: Arc<Model>, generate: impl Generate, options: Option
         .merge(completions::routes())
         .merge(models::routes())
         .merge(health::routes())
-        .fallback(async |request: Request| ApiError::unknown_path(request.uri().path()))
-        .method_not_allowed_fallback(async |request: Request| ApiError::method_not_allowed(request.method()))
+        .fallback(async |request: Request| unread(&request, ApiError::unknown_path(request.uri().path())))
+        .method_not_allowed_fallback(async |request: Request| {
+            unread(&request, ApiError::method_not_allowed(request.method()))
+        })
         .layer(middleware::from_fn(name_request))
         .with_state(app)
 }
@@ -80,6 +82,11 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     response
 }
 
+/// An error for a request whose body, if it has one, stays unread.
+fn unread(request: &Request, error: ApiError) -> ApiError {
+    if request.body().is_end_stream() { error } else { error.before_the_body() }
+}
+
 /// Reads a JSON body whole, within its limit, and says what is wrong with it.
 pub(crate) async fn read_body(
     app: &App,
@@ -92,16 +99,18 @@ pub(crate) async fn read_body(
         if !(essence.is_empty() || essence == "application/json" || essence.ends_with("+json")) {
             return Err(ApiError::unsupported_media(&format!(
                 "content type {kind:?}; send application/json"
-            )));
+            ))
+            .before_the_body());
         }
     }
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| *coding != "identity") {
         return Err(ApiError::unsupported_media(&format!(
             "content encoding {coding:?}; send the body as it is"
-        )));
+        ))
+        .before_the_body());
     }
     let max = app.options.body_bytes_max;
-    let too_large = || ApiError::too_large(max);
+    let too_large = || ApiError::too_large(max).before_the_body();
     let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > max as u64) {
         return Err(too_large());
@@ -111,8 +120,8 @@ pub(crate) async fn read_body(
     let bytes: Bytes = match seam::timeout(time, Limited::new(body, max).collect()).await {
         Ok(Ok(collected)) => collected.to_bytes(),
         Ok(Err(error)) if error.is::<http_body_util::LengthLimitError>() => return Err(too_large()),
-        Ok(Err(_)) => return Err(ApiError::invalid_body("the body broke off")),
-        Err(_) => return Err(ApiError::body_timeout()),
+        Ok(Err(_)) => return Err(ApiError::invalid_body("the body broke off").before_the_body()),
+        Err(_) => return Err(ApiError::body_timeout().before_the_body()),
     };
     fields::Fields::parse(&bytes)
 }

@@ -455,3 +455,22 @@ async fn the_clients_request_id_comes_back_if_it_is_sane_and_the_route_if_it_is_
     assert!(!reply.headers.contains_key("x-tandem-route"));
     assert_ne!(send(&"x".repeat(200), false).await.headers["x-request-id"].len(), 200);
 }
+
+#[tokio::test]
+async fn an_answer_before_the_whole_body_closes_the_connection_and_says_so() {
+    let api = Api::saying("ok");
+    let closes = async |request: http::request::Builder, body: &'static str| {
+        let reply = api.send(request.body(Body::from(body)).expect("a request")).await;
+        reply.headers.get("connection").is_some_and(|value| value == "close")
+    };
+    assert!(closes(Request::post("/v1/nope"), "{}").await, "unknown path");
+    assert!(closes(Request::post("/v1/models"), "{}").await, "wrong method");
+    let typed = |value| Request::post("/v1/completions").header("content-type", value);
+    assert!(closes(typed("text/plain"), "{}").await, "wrong type");
+    let coded = Request::post("/v1/completions").header("content-encoding", "gzip");
+    assert!(closes(coded, "{}").await, "wrong coding");
+    let long = Request::post("/v1/completions").header("content-length", "10001");
+    assert!(closes(long, "{}").await, "too large");
+    assert!(!closes(Request::get("/v1/nope"), "").await, "there is no body");
+    assert!(!closes(typed("application/json"), "{").await, "the body was read");
+}
