@@ -13,7 +13,8 @@
 //! - `processes`: real processes, started by the real `tandem up`
 //! - `etcd`: the same over a real etcd server
 //! - `tracing`: one trace through every process
-//! - `openai`: the openai Python package, unmodified
+//! - `openai` and `nodejs`: OpenAI's packages for Python and Node, unmodified
+//! - `sdk`: the two do the same
 
 mod broken;
 mod chaos;
@@ -23,11 +24,13 @@ mod faults;
 mod fleets;
 mod handoff;
 mod leaks;
+mod nodejs;
 mod openai;
 mod operating;
 mod processes;
 mod references;
 mod roles;
+mod sdk;
 mod support;
 mod tracing;
 mod walking;

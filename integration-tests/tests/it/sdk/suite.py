@@ -770,7 +770,7 @@ def _():
     assert isinstance(error, openai.APIConnectionError)
 
 
-@check("faults: nobody listens")
+@check("faults: a connection that fails")
 def _():
     with socket.socket() as unused:
         # Bound and not listening: nobody else gets the port while this is tried.

@@ -1,6 +1,7 @@
 //! Runs the suites of OpenAI's client packages in `sdk/` against a cluster of the demo model.
 
 use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -22,8 +23,9 @@ pub fn passes(variable: &str, suite: &str) {
     let script = folder().join(suite);
     run(async {
         let cluster = TestCluster::start(Spec::of(checkpoints::demo())).await;
-        let mut command = Command::new(program);
-        command.arg(script);
+        let mut command = Command::new(&program);
+        // The folder of the tool's environment, where Node finds its packages.
+        command.current_dir(program_folder(&program)).arg(script);
         command.arg(format!("{}/v1", cluster.api.url())).arg(cluster.admin.url());
         let said = finished(command).await;
         println!("{said}");
@@ -33,6 +35,12 @@ pub fn passes(variable: &str, suite: &str) {
         cluster.wait_until_idle().await;
         cluster.close().await;
     });
+}
+
+/// Of `folder/bin/program`, the folder.
+fn program_folder(program: &OsStr) -> PathBuf {
+    let folder = Path::new(program).parent().and_then(Path::parent);
+    folder.expect("a program in the folder bin of an environment").to_owned()
 }
 
 /// What a program said; it must have ended well.
@@ -50,7 +58,10 @@ pub fn folder() -> PathBuf {
 }
 
 /// The names of a suite's checks.
-fn checks(suite: &str) -> BTreeSet<String> {
+///
+/// # Panics
+/// If a name is there twice, or there are too few.
+pub fn checks(suite: &str) -> BTreeSet<String> {
     let text = std::fs::read_to_string(folder().join(suite)).expect("it is committed");
     let quoted = |line: &str| {
         let call = line.strip_prefix('@').unwrap_or(line).strip_prefix("check(\"")?;
