@@ -264,7 +264,7 @@ check("chat: user, metadata, store and others are let through", async () => {
 });
 
 check("chat: service tiers of online work are taken", async () => {
-  for (const service_tier of ["auto", "default", "priority"]) {
+  for (const service_tier of ["auto", "default", "fast", "priority", "scale"]) {
     same(content(await chat(QUESTION, { service_tier })), content(await chat()));
   }
 });

@@ -316,7 +316,7 @@ def _():
 
 @check("chat: service tiers of online work are taken")
 def _():
-    for tier in ("auto", "default", "priority"):
+    for tier in ("auto", "default", "fast", "priority", "scale"):
         same(content(chat(service_tier=tier)), content(chat()))
 
 

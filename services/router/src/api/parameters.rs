@@ -274,7 +274,10 @@ pub(crate) fn token_ids(name: &str, ids: &Value, model: &Model) -> Result<Vec<To
 
 fn take_class(fields: &mut Fields) -> Result<ServiceClass, ApiError> {
     match fields.string("service_tier")?.as_deref() {
-        None | Some("auto" | "default" | "priority" | "standard") => Ok(ServiceClass::Online),
+        // OpenAI's tiers of online work: here they are all served alike.
+        None | Some("auto" | "default" | "fast" | "priority" | "scale" | "standard") => {
+            Ok(ServiceClass::Online)
+        }
         Some("flex") => {
             Err(ApiError::unsupported("service_tier", "service_tier flex is not in this version"))
         }

@@ -344,6 +344,11 @@ async fn parameters_reach_the_workers_as_they_were_meant() {
     assert_eq!(asked.stop.stop_token_ids, [4]);
     assert_eq!(asked.stop.eos, api.model.eos);
 
+    for tier in ["auto", "default", "fast", "priority", "scale", "standard"] {
+        assert_eq!(api.chat(json!({ "service_tier": tier })).await.status, 200, "{tier}");
+        assert_eq!(api.last_asked().class, tandem_types::ServiceClass::Online, "{tier}");
+    }
+
     assert_eq!(api.chat(json!({ "ignore_eos": true })).await.status, 200);
     let asked = api.last_asked();
     assert!(asked.stop.eos.is_empty());
