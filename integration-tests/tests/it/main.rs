@@ -15,6 +15,7 @@
 //! - `tracing`: one trace through every process
 //! - `openai` and `nodejs`: OpenAI's packages for Python and Node, unmodified
 //! - `sdk`: the two do the same
+//! - `schemathesis`: OpenAI's published document, case by case
 
 mod broken;
 mod chaos;
@@ -30,6 +31,7 @@ mod operating;
 mod processes;
 mod references;
 mod roles;
+mod schemathesis;
 mod sdk;
 mod support;
 mod tracing;
