@@ -47,7 +47,7 @@ impl Fields {
     /// A whole number within bounds.
     pub(crate) fn integer(&mut self, name: &str, least: i64, most: i64) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        let number = value.as_i64().ok_or_else(|| wrong_type(name, "a whole number", &value))?;
+        let number = whole(&value).ok_or_else(|| wrong_type(name, "a whole number", &value))?;
         if (least..=most).contains(&number) {
             return Ok(Some(number));
         }
@@ -76,6 +76,15 @@ impl Fields {
     pub(crate) fn into_map(self) -> Map<String, Value> {
         self.0
     }
+}
+
+/// A whole number, also one that is written as `7.0`: JSON has but one kind of number, and JSON Schema calls that an
+/// integer too.
+pub(crate) fn whole(value: &Value) -> Option<i64> {
+    /// Above this a float no longer says which whole number is meant.
+    const FLOAT_MAX: f64 = (1_u64 << 53) as f64;
+    let from_float = |float: f64| (float.fract() == 0.0 && float.abs() <= FLOAT_MAX).then_some(float as i64);
+    value.as_i64().or_else(|| from_float(value.as_f64().filter(|_| value.is_f64())?))
 }
 
 /// An error about a field's type, with what it was instead.

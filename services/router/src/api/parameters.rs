@@ -7,7 +7,7 @@ use tandem_chassis::seam;
 use tandem_types::{SamplingParams, ServiceClass, StopRules, TokenId};
 
 use super::error::ApiError;
-use super::fields::{Fields, wrong_type};
+use super::fields::{Fields, whole, wrong_type};
 use crate::text::Model;
 
 /// Choices of a request at most.
@@ -264,7 +264,7 @@ fn take_stop_token_ids(fields: &mut Fields, model: &Model) -> Result<Vec<TokenId
 pub(crate) fn token_ids(name: &str, ids: &Value, model: &Model) -> Result<Vec<TokenId>, ApiError> {
     let list = ids.as_array().ok_or_else(|| wrong_type(name, "a list of token ids", ids))?;
     let read = list.iter().map(|id| {
-        let known = id.as_u64().filter(|&id| id < u64::from(model.vocab));
+        let known = whole(id).filter(|&id| (0..i64::from(model.vocab)).contains(&id));
         known.map(|id| id as TokenId).ok_or_else(|| {
             ApiError::invalid(name, format!("{id} in {name} is not a token id below {}", model.vocab))
         })

@@ -479,3 +479,24 @@ async fn an_answer_before_the_whole_body_closes_the_connection_and_says_so() {
     assert!(!closes(Request::get("/v1/nope"), "").await, "there is no body");
     assert!(!closes(typed("application/json"), "{").await, "the body was read");
 }
+
+#[tokio::test]
+async fn a_whole_number_may_be_written_as_a_float() {
+    let api = Api::saying("ok");
+    let extra =
+        json!({ "max_tokens": 7.0, "min_tokens": 2e0, "seed": -3.0, "n": 1.0, "stop_token_ids": [4.0] });
+    assert_eq!(api.complete(merged(extra, json!({ "prompt": [1.0, 2] }))).await.status, 200);
+    let asked = api.last_asked();
+    assert_eq!((asked.stop.max_tokens, asked.stop.min_tokens, asked.sampling.seed), (7, 2, -3_i64 as u64));
+    assert_eq!((&*asked.prompt, asked.stop.stop_token_ids.as_slice()), (&[1, 2][..], &[4][..]));
+    for (extra, param) in [
+        (json!({ "seed": 1e300 }), "seed"),
+        (json!({ "seed": 9_007_199_254_740_994.0 }), "seed"),
+        (json!({ "max_tokens": 0.1 }), "max_tokens"),
+        (json!({ "prompt": [1.5] }), "prompt"),
+        (json!({ "prompt": [-1.0] }), "prompt"),
+    ] {
+        let reply = api.complete(extra.clone()).await;
+        check_error(&reply, 400, "invalid_value", Some(param), &extra.to_string());
+    }
+}
