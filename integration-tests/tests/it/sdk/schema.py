@@ -187,6 +187,8 @@ def main():
     narrowed = supported(whole)
     answered = collections.Counter()
     with tempfile.TemporaryDirectory() as folder:
+        # By itself it stops reading a stream after twenty events.
+        (Path(folder) / "schemathesis.toml").write_text("max-stream-events = 10000\n")
         for mode, document in (("all", whole), ("supported", narrowed)):
             answered += run(mode, document, math.ceil(CASES * MODES[mode]), Path(folder))
     ran = sum(answered.values())
