@@ -197,8 +197,8 @@ def main():
     print(f"{ran} cases, {good} of them answered with 200, {streams} in events")
     if ran < CASES:
         sys.exit(f"{CASES} cases were asked for")
-    if good * 3 < ran or streams * 10 < ran:
-        sys.exit("fewer than a third got an answer, or fewer than a tenth a stream: hardly anything was checked")
+    if good * 4 < ran or streams * 20 < ran:
+        sys.exit("fewer than a quarter got an answer, or a twentieth a stream: hardly anything was checked")
 
 
 main()
