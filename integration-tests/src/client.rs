@@ -48,6 +48,11 @@ pub struct Events {
 }
 
 impl Client {
+    /// `http://host:port` of the port it talks to.
+    pub fn url(&self) -> &str {
+        &self.base
+    }
+
     /// For the port at `address`.
     pub fn new(address: SocketAddr) -> Client {
         let pool = Pool::builder(TokioExecutor::new()).build_http();

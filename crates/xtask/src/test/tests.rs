@@ -26,7 +26,11 @@ fn options_are_a_filter_and_a_lane() {
 
 #[test]
 fn a_wrong_option_names_the_right_ones() {
-    assert!(given(&["--lane", "etc"]).unwrap_err().contains("rust, etcd, openai, model, doc"));
+    assert!(
+        given(&["--lane", "etc"])
+            .unwrap_err()
+            .contains("rust, etcd, openai, nodejs, schemathesis, model, doc")
+    );
     assert!(given(&["--lane"]).unwrap_err().contains("rust, etcd"));
     assert!(given(&["--lanes=etcd"]).unwrap_err().contains("--lane NAME"));
     assert!(given(&["--release"]).unwrap_err().contains("--lane NAME"));
@@ -35,12 +39,20 @@ fn a_wrong_option_names_the_right_ones() {
 
 #[test]
 fn every_test_belongs_to_one_lane() {
-    assert!(told("rust", None, true).ends_with("--filterset not (test(etcd) | test(openai))"));
+    assert!(
+        told("rust", None, true)
+            .ends_with("--filterset not (test(etcd) | test(openai) | test(nodejs) | test(schemathesis))")
+    );
     assert!(told("etcd", None, true).ends_with("--filterset test(etcd)"));
     assert!(told("openai", Some("chat"), true).ends_with("--filterset test(openai) chat"));
-    assert!(told("rust", None, false).ends_with("-- --skip etcd --skip openai"));
-    assert!(told("etcd", None, false).ends_with("-- etcd --skip openai"));
-    assert!(told("openai", Some("chat"), false).ends_with("-- chat --skip etcd"));
+    assert!(
+        told("rust", None, false).ends_with("-- --skip etcd --skip openai --skip nodejs --skip schemathesis")
+    );
+    assert!(told("etcd", None, false).ends_with("-- etcd --skip openai --skip nodejs --skip schemathesis"));
+    assert!(
+        told("openai", Some("chat"), false)
+            .ends_with("-- chat --skip etcd --skip nodejs --skip schemathesis")
+    );
     assert_eq!(told("doc", None, true), told("doc", None, false));
     assert!(told("model", None, true).contains("--package tandem-kv-cache --test model"));
     assert!(told("model", Some("lent"), false).ends_with("-- --nocapture lent"));
@@ -77,15 +89,17 @@ fn a_skipped_lane_fails_only_in_ci() {
     assert!(verdict(&[("rust", Outcome::Passed(0), second)], false).unwrap_err().contains("no test ran"));
     let shown = render(&table);
     assert!(
-        shown.contains("rust          1.0  passed, 7 tests") && shown.contains("skipped: the etcd server"),
+        shown.contains("rust              1.0  passed, 7 tests")
+            && shown.contains("skipped: the etcd server"),
         "{shown}"
     );
 }
 
 #[test]
 fn variables_of_tools_that_are_missing_do_not_reach_the_tests() {
-    assert_eq!(unset(&[]), ["TANDEM_ETCD", "TANDEM_PYTHON"]);
-    assert_eq!(unset(&[("TANDEM_ETCD".to_owned(), PathBuf::from("/usr/bin/etcd"))]), ["TANDEM_PYTHON"]);
+    let others = ["TANDEM_PYTHON", "TANDEM_NODE", "TANDEM_SCHEMATHESIS_PYTHON"];
+    assert_eq!(unset(&[]), [&["TANDEM_ETCD"], &others[..]].concat());
+    assert_eq!(unset(&[("TANDEM_ETCD".to_owned(), PathBuf::from("/usr/bin/etcd"))]), others);
 }
 
 #[test]

@@ -1,5 +1,7 @@
 //! What several test modules share.
 
+pub mod sdk;
+
 use std::future::Future;
 
 use futures_util::StreamExt;

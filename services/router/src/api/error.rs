@@ -18,6 +18,8 @@ pub(crate) struct ApiError {
     message: String,
     /// Says when to try again.
     retry: bool,
+    /// The body was not read to its end, so the connection cannot carry another request, and says so.
+    unread: bool,
 }
 
 const INVALID: &str = "invalid_request_error";
@@ -30,7 +32,13 @@ impl ApiError {
         code: &'static str,
         message: impl Into<String>,
     ) -> ApiError {
-        ApiError { status, kind, code: Some(code), param: None, message: message.into(), retry: false }
+        let message = message.into();
+        ApiError { status, kind, code: Some(code), param: None, message, retry: false, unread: false }
+    }
+
+    /// The same where the body was not read, or not to its end.
+    pub(crate) fn before_the_body(self) -> ApiError {
+        ApiError { unread: true, ..self }
     }
 
     /// A parameter that is not as it must be.
@@ -110,6 +118,10 @@ impl IntoResponse for ApiError {
         let mut response = (self.status, Json(self.body())).into_response();
         if self.retry {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from_static("1"));
+        }
+        if self.unread {
+            // The HTTP server closes it in any case; a client that is not told sends its next request into it.
+            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         response
     }

@@ -89,13 +89,11 @@ impl<'a> Fields<'a> {
     /// A whole number within bounds.
     pub(crate) fn integer(&mut self, name: &str, least: i64, most: i64) -> Result<Option<i64>, ApiError> {
         let Some(value) = self.take(name) else { return Ok(None) };
-        let digits = value.get().strip_prefix('-').unwrap_or(value.get());
-        if kind(value) != Kind::Number || !digits.bytes().all(|b| b.is_ascii_digit()) {
-            return Err(wrong_type(name, "a whole number", value));
-        }
-        match value.get().parse::<i64>() {
-            Ok(number) if (least..=most).contains(&number) => Ok(Some(number)),
-            _ => Err(out_of_bounds(name, value, &least, &most)),
+        match whole(value) {
+            Some(number) if (least..=most).contains(&number) => Ok(Some(number)),
+            Some(_) => Err(out_of_bounds(name, value, &least, &most)),
+            None if is_whole(value) => Err(out_of_bounds(name, value, &least, &most)),
+            None => Err(wrong_type(name, "a whole number", value)),
         }
     }
 
@@ -206,6 +204,26 @@ pub(crate) fn each_entry<'a>(
         (None, Err(error)) => Err(ApiError::invalid(name, format!("{name}: {error}"))),
         (None, Ok(())) => Ok(()),
     }
+}
+
+/// A whole number, also one that is written as `7.0`: JSON has but one kind of number, and JSON Schema calls that an
+/// integer too.
+pub(crate) fn whole(value: Raw) -> Option<i64> {
+    /// Above this a float no longer says which whole number is meant.
+    const FLOAT_MAX: f64 = (1_u64 << 53) as f64;
+    let from_float = |float: f64| (float.fract() == 0.0 && float.abs() <= FLOAT_MAX).then_some(float as i64);
+    match kind(value) {
+        Kind::Number => {
+            value.get().parse().ok().or_else(|| from_float(number(value).filter(|_| !is_whole(value))?))
+        }
+        _ => None,
+    }
+}
+
+/// Whether it is digits and nothing else.
+fn is_whole(value: Raw) -> bool {
+    let digits = value.get().strip_prefix('-').unwrap_or(value.get());
+    kind(value) == Kind::Number && digits.bytes().all(|digit| digit.is_ascii_digit())
 }
 
 /// An error about a field's type, with what it was instead.

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody};
 use axum::extract::Request;
 use axum::http::{HeaderMap, HeaderValue, Method, Version, header};
 use axum::middleware::{self, Next};
@@ -59,8 +59,10 @@ pub(crate) fn routes(model: Arc<Model>, generate: impl Generate, options: Option
         .merge(models::routes())
         .merge(tokenize::routes())
         .merge(health::routes())
-        .fallback(async |request: Request| ApiError::unknown_path(request.uri().path()))
-        .method_not_allowed_fallback(async |request: Request| ApiError::method_not_allowed(request.method()))
+        .fallback(async |request: Request| unread(&request, ApiError::unknown_path(request.uri().path())))
+        .method_not_allowed_fallback(async |request: Request| {
+            unread(&request, ApiError::method_not_allowed(request.method()))
+        })
         .layer(middleware::from_fn(name_request))
         .with_state(app)
 }
@@ -111,16 +113,17 @@ async fn name_request(mut request: Request, next: Next) -> Response {
     request.extensions_mut().insert(RequestName(name.clone()));
     let mut response = match check_head(&request) {
         Ok(()) => next.run(request).await,
-        Err(error) => {
-            // Where the next request begins is not certain any more.
-            let mut response = error.into_response();
-            response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-            response
-        }
+        // Where the next request begins is not certain any more.
+        Err(error) => error.before_the_body().into_response(),
     };
     let value = HeaderValue::from_str(&name).expect("it is printable ASCII");
     response.headers_mut().insert(REQUEST_ID, value);
     response
+}
+
+/// An error for a request whose body, if it has one, stays unread.
+fn unread(request: &Request, error: ApiError) -> ApiError {
+    if request.body().is_end_stream() { error } else { error.before_the_body() }
 }
 
 /// Reads a JSON body whole, within its limit.
@@ -131,18 +134,20 @@ pub(crate) async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> Res
         if !(essence.is_empty() || essence == "application/json" || essence.ends_with("+json")) {
             return Err(ApiError::unsupported_media(&format!(
                 "content type {kind:?}; send application/json"
-            )));
+            ))
+            .before_the_body());
         }
     }
     if let Some(coding) = headers.get(header::CONTENT_ENCODING).filter(|coding| *coding != "identity") {
         return Err(ApiError::unsupported_media(&format!(
             "content encoding {coding:?}; send the body as it is"
-        )));
+        ))
+        .before_the_body());
     }
     let max = app.options.body_bytes_max;
     let length = headers.get(header::CONTENT_LENGTH).and_then(|l| l.to_str().ok()?.parse::<u64>().ok());
     if length.is_some_and(|length| length > max as u64) {
-        return Err(ApiError::too_large(max));
+        return Err(ApiError::too_large(max).before_the_body());
     }
     receive(body, length.unwrap_or(0) as usize, max).await
 }
@@ -158,13 +163,13 @@ async fn receive(mut body: Body, length: usize, max: usize) -> Result<Bytes, Api
         let earned = Duration::from_secs(bytes.len() as u64 / BYTES_PER_SECOND);
         let limit = (began + PATIENCE + earned).remaining(seam::now());
         match seam::timeout(limit, body.frame()).await {
-            Err(_) => return Err(ApiError::body_timeout()),
+            Err(_) => return Err(ApiError::body_timeout().before_the_body()),
             Ok(None) => return Ok(bytes.freeze()),
-            Ok(Some(Err(_))) => return Err(ApiError::invalid_body("the body broke off")),
+            Ok(Some(Err(_))) => return Err(ApiError::invalid_body("the body broke off").before_the_body()),
             Ok(Some(Ok(frame))) => {
                 let Some(data) = frame.data_ref() else { continue };
                 if bytes.len() + data.len() > max {
-                    return Err(ApiError::too_large(max));
+                    return Err(ApiError::too_large(max).before_the_body());
                 }
                 bytes.extend_from_slice(data);
             }

@@ -303,7 +303,8 @@ pub(crate) fn token_ids(
         if at == most {
             return Err(too_many());
         }
-        let known = id.get().parse::<TokenId>().ok().filter(|&id| id < model.vocab);
+        let known =
+            fields::whole(id).and_then(|id| TokenId::try_from(id).ok()).filter(|&id| id < model.vocab);
         let known = known.ok_or_else(|| {
             let said: String = id.get().chars().take(32).collect();
             ApiError::invalid(name, format!("{said} in {name} is not a token id below {}", model.vocab))
@@ -316,7 +317,10 @@ pub(crate) fn token_ids(
 
 fn take_class(fields: &mut Fields) -> Result<ServiceClass, ApiError> {
     match fields.string("service_tier")?.as_deref() {
-        None | Some("auto" | "default" | "priority" | "standard") => Ok(ServiceClass::Online),
+        // OpenAI's tiers of online work: here they are all served alike.
+        None | Some("auto" | "default" | "fast" | "priority" | "scale" | "standard") => {
+            Ok(ServiceClass::Online)
+        }
         Some("flex") => {
             Err(ApiError::unsupported("service_tier", "service_tier flex is not in this version"))
         }

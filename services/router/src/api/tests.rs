@@ -352,6 +352,11 @@ async fn parameters_reach_the_workers_as_they_were_meant() {
     assert_eq!(asked.stop.stop_token_ids, [4]);
     assert_eq!(asked.stop.eos, api.model.eos);
 
+    for tier in ["auto", "default", "fast", "priority", "scale", "standard"] {
+        assert_eq!(api.chat(json!({ "service_tier": tier })).await.status, 200, "{tier}");
+        assert_eq!(api.last_asked().class, tandem_types::ServiceClass::Online, "{tier}");
+    }
+
     assert_eq!(api.chat(json!({ "ignore_eos": true })).await.status, 200);
     let asked = api.last_asked();
     assert!(asked.stop.eos.is_empty());
@@ -620,4 +625,44 @@ async fn bodies_are_read_as_their_text_says() {
     let half = r#"{"model": "tiny", "messages": [{"role": "user", "content": "\ud800"}]}"#;
     let reply = api.post("/v1/chat/completions", half).await;
     check_error(&reply, 400, "invalid_value", Some("messages[0].content"), "half a character");
+}
+
+#[tokio::test]
+async fn an_answer_before_the_whole_body_closes_the_connection_and_says_so() {
+    let api = Api::saying("ok");
+    let closes = async |request: http::request::Builder, body: &'static str| {
+        let reply = api.send(request.body(Body::from(body)).expect("a request")).await;
+        reply.headers.get("connection").is_some_and(|value| value == "close")
+    };
+    assert!(closes(Request::post("/v1/nope"), "{}").await, "unknown path");
+    assert!(closes(Request::post("/v1/models"), "{}").await, "wrong method");
+    let typed = |value| Request::post("/v1/completions").header("content-type", value);
+    assert!(closes(typed("text/plain"), "{}").await, "wrong type");
+    let coded = Request::post("/v1/completions").header("content-encoding", "gzip");
+    assert!(closes(coded, "{}").await, "wrong coding");
+    let long = Request::post("/v1/completions").header("content-length", "10001");
+    assert!(closes(long, "{}").await, "too large");
+    assert!(!closes(Request::get("/v1/nope"), "").await, "there is no body");
+    assert!(!closes(typed("application/json"), "{").await, "the body was read");
+}
+
+#[tokio::test]
+async fn a_whole_number_may_be_written_as_a_float() {
+    let api = Api::saying("ok");
+    let extra =
+        json!({ "max_tokens": 7.0, "min_tokens": 2e0, "seed": -3.0, "n": 1.0, "stop_token_ids": [4.0] });
+    assert_eq!(api.complete(merged(extra, json!({ "prompt": [1.0, 2] }))).await.status, 200);
+    let asked = api.last_asked();
+    assert_eq!((asked.stop.max_tokens, asked.stop.min_tokens, asked.sampling.seed), (7, 2, -3_i64 as u64));
+    assert_eq!((&*asked.prompt, asked.stop.stop_token_ids.as_slice()), (&[1, 2][..], &[4][..]));
+    for (extra, param) in [
+        (json!({ "seed": 1e300 }), "seed"),
+        (json!({ "seed": 9_007_199_254_740_994.0 }), "seed"),
+        (json!({ "max_tokens": 0.1 }), "max_tokens"),
+        (json!({ "prompt": [1.5] }), "prompt"),
+        (json!({ "prompt": [-1.0] }), "prompt"),
+    ] {
+        let reply = api.complete(extra.clone()).await;
+        check_error(&reply, 400, "invalid_value", Some(param), &extra.to_string());
+    }
 }
