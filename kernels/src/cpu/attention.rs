@@ -28,7 +28,7 @@ pub(super) struct Attention<'a, T> {
 
 kernel!(
     /// Attention of every `parts`-th pair of row and head.
-    attention, body, Attention<T>
+    attention, body, Attention<T: Scalar>
 );
 
 /// What is known after some spans.

@@ -1,20 +1,21 @@
 //! Matrix products over packed panels.
 //!
-//! A panel holds 32 outputs: for each input, the 32 weights side by side, so that one input is multiplied into 32
-//! running sums at once. A sum runs over the inputs in order, in float32, whatever the number of rows: one row
-//! and five hundred have the same arithmetic. A gated matrix has panels in turn, gate then up, of the same outputs.
+//! A matrix is packed once into panels of 32 outputs ([`super::form`]); the same panels serve one row and five
+//! hundred, and nothing is packed at run time. A gated matrix has panels in turn, gate then up, of the same outputs.
 
 use tandem_device::{Epilogue, Linear};
 
+use super::form::{Form, PANEL, panel_len, rows_next};
 use super::isa::kernel;
 use crate::math;
 use crate::memory::Shared;
 use crate::scalar::Scalar;
 
-/// Outputs of a panel.
-pub(super) const PANEL: usize = 32;
-/// Rows multiplied at a time: as many sums as fit the registers of wide vectors.
-const ROWS: usize = 4;
+/// Bytes of panels that a tile of rows is multiplied with before the next tile comes: they stay in the second
+/// level of cache while the rows pass.
+const PANELS_BYTES: usize = 256 << 10;
+/// No form has more rows in a tile.
+const ROWS_MAX: usize = 14;
 
 /// Where output `output` lies: its panel and its place there.
 pub(super) fn place(outputs: usize, gated: bool, output: usize) -> (usize, usize) {
@@ -32,17 +33,15 @@ pub(super) fn panels(outputs: usize, gated: bool) -> usize {
 }
 
 /// What the kernel is told.
-pub(super) struct Product<'a, T> {
-    /// Rows in float32, `[count][inputs]`.
-    pub(super) x: &'a [f32],
+pub(super) struct Product<'a, F: Form> {
+    /// Rows, `[count][inputs]`.
+    pub(super) x: &'a [F::Input],
     pub(super) count: usize,
     pub(super) weight: &'a Linear,
-    pub(super) panels: Shared<T>,
+    pub(super) panels: Shared<F::Stored>,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) epilogue: Epilogue,
-    pub(super) to: Output<T>,
-    /// Whether the registers hold the sums of several rows. Changes no bit: rows do not share sums.
-    pub(super) several: bool,
+    pub(super) to: Output<F::Stored>,
 }
 
 /// Where results go: stored as activations, or as logits in float32.
@@ -53,94 +52,92 @@ pub(super) enum Output<T> {
 
 kernel!(
     /// Runs part `part` of `parts` of the product: a fixed range of panels.
-    product, body, Product<T>
+    product, body, Product<F: Form>
 );
 
 #[inline(always)]
-fn body<T: Scalar>(job: &Product<'_, T>, part: usize, parts: usize) {
-    let group = if job.weight.gated { 2 } else { 1 };
-    let groups = panels(job.weight.outputs, job.weight.gated) / group;
-    for at in groups * part / parts..groups * (part + 1) / parts {
+fn body<F: Form>(job: &Product<'_, F>, part: usize, parts: usize) {
+    let pair = if job.weight.gated { 2 } else { 1 };
+    let groups = panels(job.weight.outputs, job.weight.gated) / pair;
+    let (begin, end) = (groups * part / parts, groups * (part + 1) / parts);
+    let bytes = pair * panel_len::<F::Stored>(job.weight.inputs) * size_of::<F::Stored>();
+    let at_once = (PANELS_BYTES / bytes.max(1)).max(1);
+    for first in (begin..end).step_by(at_once) {
         let mut row = 0;
-        while job.several && row + ROWS <= job.count {
-            rows::<T, ROWS>(job, at, row);
-            row += ROWS;
-        }
         while row < job.count {
-            rows::<T, 1>(job, at, row);
-            row += 1;
+            let rows = rows_next::<F>(job.count - row);
+            for at in first..end.min(first + at_once) {
+                tile(job, at, row, rows);
+            }
+            row += rows;
         }
     }
 }
 
-/// `R` rows from `row` on, times panel (or pair of panels) `at`.
+/// `rows` rows from `row` on, times panel (or pair of panels) `at`.
 #[inline(always)]
-fn rows<T: Scalar, const R: usize>(job: &Product<'_, T>, at: usize, row: usize) {
-    let inputs = job.weight.inputs;
-    let x = &job.x[row * inputs..(row + R) * inputs];
+fn tile<F: Form>(job: &Product<'_, F>, at: usize, row: usize, rows: usize) {
+    let mut sums = [[0.0; PANEL]; ROWS_MAX];
+    let sums = &mut sums[..rows];
     if !job.weight.gated {
-        let sums = panel::<T, R>(job, at, x, inputs);
-        return finish(job, at, row, &sums);
+        panel(job, at, row, sums);
+        return finish(job, at, row, sums);
     }
-    let mut gate = panel::<T, R>(job, at * 2, x, inputs);
-    let up = panel::<T, R>(job, at * 2 + 1, x, inputs);
+    let mut ups = [[0.0; PANEL]; ROWS_MAX];
+    let ups = &mut ups[..rows];
+    panel(job, at * 2, row, sums);
+    panel(job, at * 2 + 1, row, ups);
+    gate(job, at, row, sums, ups);
+}
+
+/// The sums of some rows with one panel.
+#[inline(always)]
+fn panel<F: Form>(job: &Product<'_, F>, at: usize, row: usize, sums: &mut [[f32; PANEL]]) {
+    let inputs = job.weight.inputs;
+    let len = panel_len::<F::Stored>(inputs);
+    // SAFETY: weights are written once, when they are packed.
+    let panel = unsafe { job.panels.read(at * len, len) };
+    // SAFETY: a form is used with its instruction set; `tile` checks the rest.
+    unsafe { F::tile(&job.x[row * inputs..], inputs, inputs, panel, sums) }
+}
+
+#[inline(always)]
+fn gate<F: Form>(
+    job: &Product<'_, F>,
+    at: usize,
+    row: usize,
+    gates: &mut [[f32; PANEL]],
+    ups: &mut [[f32; PANEL]],
+) {
     let half = job.weight.outputs / 2;
     let first = at * PANEL;
     let width = PANEL.min(half - first);
-    for r in 0..R {
-        let mut ups = up[r];
+    for (r, (gate, up)) in gates.iter_mut().zip(ups).enumerate() {
         if let Some(bias) = job.bias {
             for j in 0..width {
-                gate[r][j] += bias[first + j];
-                ups[j] += bias[half + first + j];
+                gate[j] += bias[first + j];
+                up[j] += bias[half + first + j];
             }
         }
         for j in 0..PANEL {
-            gate[r][j] = math::silu(gate[r][j]) * ups[j];
+            gate[j] = math::silu(gate[j]) * up[j];
         }
         if let Output::Stored(to) = &job.to {
             // SAFETY: this part alone writes the columns of its panels.
             let to = unsafe { to.part((row + r) * half + first, width) };
             for j in 0..width {
-                to[j] = T::store(gate[r][j]);
+                to[j] = F::Stored::store(gate[j]);
             }
         }
     }
 }
 
-/// The sums of `R` rows with one panel.
 #[inline(always)]
-fn panel<T: Scalar, const R: usize>(
-    job: &Product<'_, T>,
-    at: usize,
-    x: &[f32],
-    inputs: usize,
-) -> [[f32; PANEL]; R] {
-    // SAFETY: weights are written once, when they are packed.
-    let weights = unsafe { job.panels.read(at * PANEL * inputs, PANEL * inputs) };
-    let mut sums = [[0.0; PANEL]; R];
-    for (k, weights) in weights.chunks_exact(PANEL).enumerate() {
-        let mut wide = [0.0; PANEL];
-        for j in 0..PANEL {
-            wide[j] = weights[j].load();
-        }
-        for r in 0..R {
-            let value = x[r * inputs + k];
-            for j in 0..PANEL {
-                sums[r][j] += value * wide[j];
-            }
-        }
-    }
-    sums
-}
-
-#[inline(always)]
-fn finish<T: Scalar, const R: usize>(job: &Product<'_, T>, at: usize, row: usize, sums: &[[f32; PANEL]; R]) {
+fn finish<F: Form>(job: &Product<'_, F>, at: usize, row: usize, sums: &mut [[f32; PANEL]]) {
     let outputs = job.weight.outputs;
     let first = at * PANEL;
     let width = PANEL.min(outputs - first);
-    for r in 0..R {
-        let mut sums = sums[r];
+    for (r, sums) in sums.iter_mut().enumerate() {
         if let Some(bias) = job.bias {
             for j in 0..width {
                 sums[j] += bias[first + j];
@@ -159,7 +156,7 @@ fn finish<T: Scalar, const R: usize>(job: &Product<'_, T>, at: usize, row: usize
                     }
                 }
                 for j in 0..width {
-                    to[j] = T::store(sums[j]);
+                    to[j] = F::Stored::store(sums[j]);
                 }
             }
         }

@@ -6,6 +6,7 @@
 )]
 
 mod attention;
+mod form;
 mod isa;
 mod linear;
 mod pages;
@@ -21,6 +22,7 @@ use tandem_device::{
 };
 use tandem_memory::Region;
 
+use form::Form;
 pub use isa::Isa;
 pub(crate) use pages::Pages;
 use pool::Pool;
@@ -66,10 +68,13 @@ impl Device for Cpu {
         &self.name
     }
 
-    // The instruction set is no part of it: all of them give the same bits. The number counts changes of the
-    // arithmetic.
+    // In float32 all instruction sets give the same bits; in bf16 each has a form of its own. The number counts
+    // changes of the arithmetic.
     fn numerics(&self, element: Element) -> String {
-        format!("cpu-1-{}", element.as_str())
+        match element {
+            Element::Bf16 => format!("{}-2-bf16", self.name),
+            _ => format!("cpu-2-{}", element.as_str()),
+        }
     }
 
     fn allocate(&self, element: Element, len: usize) -> Result<Buffer, Error> {
@@ -97,16 +102,24 @@ impl Device for Cpu {
 fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
     let Matrix { outputs, inputs, element, gated, row } = matrix;
     assert!(!gated || outputs.is_multiple_of(2), "a gated matrix has two halves");
-    let values = Memory::allocate(element, linear::panels(outputs, gated) * linear::PANEL * inputs)?;
+    let len = form::panel_len::<T>(inputs);
+    let values = Memory::allocate(element, linear::panels(outputs, gated) * len)?;
     // SAFETY: nobody else has the buffer yet.
     let panels = unsafe { slice_mut::<T>(&values) };
-    let mut weights = vec![0.0; inputs];
-    for output in 0..outputs {
-        row(output, &mut weights);
-        let (panel, lane) = linear::place(outputs, gated, output);
-        let panel = &mut panels[panel * linear::PANEL * inputs..][..linear::PANEL * inputs];
-        for (k, weight) in weights.iter().enumerate() {
-            panel[k * linear::PANEL + lane] = T::store(*weight);
+    // A panel's rows together, so that it is written from its beginning to its end.
+    let mut weights = vec![0.0; form::PANEL * inputs];
+    let halves = if gated { 2 } else { 1 };
+    let half = outputs / halves;
+    for (at, panel) in panels.chunks_exact_mut(len).enumerate() {
+        let first = at % halves * half + at / halves * form::PANEL;
+        let count = form::PANEL.min(half - at / halves * form::PANEL);
+        for (output, weights) in (first..first + count).zip(weights.chunks_exact_mut(inputs)) {
+            row(output, weights);
+        }
+        for input in 0..inputs {
+            for lane in 0..count {
+                panel[form::place_in_panel::<T>(input, lane)] = T::store(weights[lane * inputs + input]);
+            }
         }
     }
     Ok(Linear { outputs, inputs, gated, values })
@@ -114,8 +127,23 @@ fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
 
 struct CpuStream {
     cpu: Cpu,
-    /// Rows of a product's input in float32; kept to save allocating.
+    /// Room for a product's rows in float32; kept to save allocating.
     wide: Vec<f32>,
+}
+
+/// Calls a method for the form that a buffer's element type has on the stream's instruction set.
+macro_rules! by_form {
+    ($buffer:expr, $self:ident.$method:ident($($argument:expr),*)) => {
+        match ($buffer.element(), $self.cpu.isa) {
+            (Element::F32, _) => $self.$method::<form::Exact>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            (Element::Bf16, Isa::Avx2) => $self.$method::<form::Fused>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            (Element::Bf16, Isa::Avx512) => $self.$method::<form::Paired>($($argument),*),
+            (Element::Bf16, _) => $self.$method::<form::Widened>($($argument),*),
+            (Element::U32, _) => panic!("numbers are f32 or bf16, not u32"),
+        }
+    };
 }
 
 /// Calls a method for the element type that a buffer has.
@@ -180,29 +208,39 @@ impl CpuStream {
         self.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
     }
 
-    fn product_as<T: Scalar>(
+    fn product_as<F: Form>(
         &mut self,
         x: &Buffer,
         count: usize,
         weight: &Linear,
         bias: Option<&Buffer>,
         epilogue: Epilogue,
-        to: linear::Output<T>,
+        to: linear::Output<F::Stored>,
     ) {
         let inputs = weight.inputs;
         expect(x, count * inputs);
-        assert_eq!(weight.values.element(), T::ELEMENT, "weights and activations are of one type");
+        assert_eq!(weight.values.element(), F::Stored::ELEMENT, "weights and activations are of one type");
         assert_eq!(weight.gated, epilogue == Epilogue::Gate, "a gated matrix has a gate as epilogue");
         if let Some(bias) = bias {
             expect(bias, weight.outputs);
         }
         let mut wide = std::mem::take(&mut self.wide);
-        wide.clear();
         // SAFETY: as in `embed_as`.
-        wide.extend(unsafe { &slice::<T>(x)[..count * inputs] }.iter().map(|value| value.load()));
+        let stored = unsafe { &slice::<F::Stored>(x)[..count * inputs] };
+        let x = F::inputs(stored, &mut wide, |stored, wide| {
+            let to = Shared::over(wide);
+            self.run(stored.len() / 4, &|part, parts| {
+                let (begin, end) = (stored.len() * part / parts, stored.len() * (part + 1) / parts);
+                // SAFETY: each part has a range of its own.
+                let to = unsafe { to.part(begin, end - begin) };
+                for (to, value) in to.iter_mut().zip(&stored[begin..end]) {
+                    *to = value.load();
+                }
+            });
+        });
         let isa = self.cpu.isa;
-        let job = linear::Product::<T> {
-            x: &wide,
+        let job = linear::Product::<F> {
+            x,
             count,
             weight,
             panels: Shared::of(&weight.values),
@@ -210,23 +248,22 @@ impl CpuStream {
             bias: bias.map(|bias| unsafe { slice(bias) }),
             epilogue,
             to,
-            several: isa != Isa::Portable,
         };
         self.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
         self.wide = wide;
     }
 
-    fn linear_as<T: Scalar>(&mut self, call: LinearCall<'_>) {
+    fn linear_as<F: Form>(&mut self, call: LinearCall<'_>) {
         let halves = if call.epilogue == Epilogue::Gate { 2 } else { 1 };
         expect(call.to, call.count * call.weight.outputs / halves);
-        let to = linear::Output::Stored(Shared::<T>::of(call.to));
-        self.product_as(call.x, call.count, call.weight, call.bias, call.epilogue, to);
+        let to = linear::Output::Stored(Shared::<F::Stored>::of(call.to));
+        self.product_as::<F>(call.x, call.count, call.weight, call.bias, call.epilogue, to);
     }
 
-    fn logits_as<T: Scalar>(&mut self, call: Logits<'_>) {
+    fn logits_as<F: Form>(&mut self, call: Logits<'_>) {
         expect(call.to, call.count * call.weight.outputs);
-        let to = linear::Output::<T>::Logits(Shared::of(call.to));
-        self.product_as(call.x, call.count, call.weight, None, Epilogue::None, to);
+        let to = linear::Output::<F::Stored>::Logits(Shared::of(call.to));
+        self.product_as::<F>(call.x, call.count, call.weight, None, Epilogue::None, to);
     }
 
     fn qkv_store_as<T: Scalar>(&mut self, call: QkvStore<'_>) {
@@ -380,7 +417,7 @@ impl Stream for CpuStream {
     }
 
     fn linear(&mut self, call: LinearCall<'_>) {
-        by_element!(call.x, self.linear_as(call))
+        by_form!(call.x, self.linear_as(call))
     }
 
     fn qkv_store(&mut self, call: QkvStore<'_>) {
@@ -403,7 +440,7 @@ impl Stream for CpuStream {
     }
 
     fn logits(&mut self, call: Logits<'_>) {
-        by_element!(call.x, self.logits_as(call))
+        by_form!(call.x, self.logits_as(call))
     }
 
     fn tally(&mut self, call: Tally<'_>) {

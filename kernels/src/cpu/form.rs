@@ -1,0 +1,245 @@
+//! The arithmetics of products. A [`Form`] multiplies a few rows by one panel, and everything that multiplies is
+//! built on that: matrices, attention's scores, attention's values. A sum runs over the inputs in order, whatever
+//! the number of rows, so a row has the same bits in every company; between forms bits differ.
+//!
+//! A panel holds 32 outputs. For each input (f32), or each pair of inputs (bf16), the outputs' weights lie side by
+//! side: one vector is one input, or two, of many outputs.
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use crate::scalar::{Bf16, Scalar};
+
+#[cfg(target_arch = "x86_64")]
+pub(super) use x86::{Fused, Paired};
+
+/// Outputs of a panel.
+pub(super) const PANEL: usize = 32;
+
+/// One way to multiply and add.
+pub(super) trait Form: Send + Sync + 'static {
+    /// What weights and KV are stored as.
+    type Stored: Scalar;
+    /// What rows are multiplied as.
+    type Input: Scalar;
+    /// Most rows of one [`Form::tile`].
+    const ROWS: usize;
+
+    /// Rows as they are multiplied: themselves, or what `widen` makes of them in `room`.
+    fn inputs<'a>(
+        stored: &'a [Self::Stored],
+        room: &'a mut Vec<f32>,
+        widen: impl FnOnce(&[Self::Stored], &mut [f32]),
+    ) -> &'a [Self::Input];
+
+    /// Adds the product of `sums.len()` rows, of `inputs` elements and `stride` apart, with a panel.
+    ///
+    /// # Safety
+    /// The machine has the form's instructions; `x` reaches to the end of the last row; the panel holds
+    /// [`panel_len`] of `inputs` elements; there are 1 to `ROWS` rows.
+    unsafe fn tile(
+        x: &[Self::Input],
+        stride: usize,
+        inputs: usize,
+        panel: &[Self::Stored],
+        sums: &mut [[f32; PANEL]],
+    );
+
+    /// Makes a panel of up to 32 rows of `width` elements: they are its outputs. Missing ones keep what is there.
+    ///
+    /// # Safety
+    /// The machine has the form's instructions.
+    unsafe fn panel_of_rows(rows: &[Self::Stored], width: usize, panel: &mut [Self::Stored]);
+}
+
+/// Inputs that lie together in a panel of `T`.
+pub(super) const fn together<T: Scalar>() -> usize {
+    4 / size_of::<T>()
+}
+
+/// Elements of a panel of `inputs` inputs.
+pub(super) fn panel_len<T: Scalar>(inputs: usize) -> usize {
+    PANEL * inputs.next_multiple_of(together::<T>())
+}
+
+/// Where input `input` of the panel's output `lane` lies.
+#[inline(always)]
+pub(super) fn place_in_panel<T: Scalar>(input: usize, lane: usize) -> usize {
+    let together = together::<T>();
+    (input / together * PANEL + lane) * together + input % together
+}
+
+/// Rows of a tile when `left` are left: tiles of about equal height, since low ones are slow.
+#[inline(always)]
+pub(super) fn rows_next<F: Form>(left: usize) -> usize {
+    left.div_ceil(left.div_ceil(F::ROWS))
+}
+
+/// Checks [`Form::tile`]'s bounds.
+#[inline(always)]
+fn check<F: Form>(x: &[F::Input], stride: usize, inputs: usize, panel: &[F::Stored], rows: usize) {
+    assert!((1..=F::ROWS).contains(&rows), "{rows} rows of at most {}", F::ROWS);
+    assert!(x.len() >= (rows - 1) * stride + inputs, "{rows} rows in {} elements", x.len());
+    assert!(panel.len() >= panel_len::<F::Stored>(inputs), "{inputs} inputs in {} weights", panel.len());
+}
+
+/// Float32: a product, then an addition. The same bits on every machine.
+pub(super) struct Exact;
+
+impl Form for Exact {
+    type Stored = f32;
+    type Input = f32;
+    const ROWS: usize = 4;
+
+    fn inputs<'a>(stored: &'a [f32], _: &'a mut Vec<f32>, _: impl FnOnce(&[f32], &mut [f32])) -> &'a [f32] {
+        stored
+    }
+
+    #[inline(always)]
+    unsafe fn tile(x: &[f32], stride: usize, inputs: usize, panel: &[f32], sums: &mut [[f32; PANEL]]) {
+        check::<Exact>(x, stride, inputs, panel, sums.len());
+        let panel = &panel[..inputs * PANEL];
+        if let Ok(sums) = <&mut [_; 4]>::try_from(&mut *sums) {
+            return exact(x, stride, panel, sums);
+        }
+        for (row, sums) in sums.iter_mut().enumerate() {
+            exact(&x[row * stride..], stride, panel, std::array::from_mut(sums));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_rows(rows: &[f32], width: usize, panel: &mut [f32]) {
+        scatter(rows, width, panel);
+    }
+}
+
+/// Half of the outputs at a time: so many sums fit the registers.
+#[inline(always)]
+fn exact<const R: usize>(x: &[f32], stride: usize, panel: &[f32], sums: &mut [[f32; PANEL]; R]) {
+    const HALF: usize = PANEL / 2;
+    for first in [0, HALF] {
+        let mut now: [[f32; HALF]; R] = std::array::from_fn(|r| std::array::from_fn(|j| sums[r][first + j]));
+        for (k, weights) in panel.chunks_exact(PANEL).enumerate() {
+            let weights: &[f32; HALF] = weights[first..first + HALF].try_into().expect("half a panel");
+            for r in 0..R {
+                let value = x[r * stride + k];
+                for j in 0..HALF {
+                    now[r][j] += value * weights[j];
+                }
+            }
+        }
+        for r in 0..R {
+            sums[r][first..first + HALF].copy_from_slice(&now[r]);
+        }
+    }
+}
+
+/// bf16 without special instructions: widened, then a product and an addition each.
+pub(super) struct Widened;
+
+impl Form for Widened {
+    type Stored = Bf16;
+    type Input = f32;
+    const ROWS: usize = 2;
+
+    fn inputs<'a>(
+        stored: &'a [Bf16],
+        room: &'a mut Vec<f32>,
+        widen: impl FnOnce(&[Bf16], &mut [f32]),
+    ) -> &'a [f32] {
+        widened_inputs(stored, room, widen)
+    }
+
+    #[inline(always)]
+    unsafe fn tile(x: &[f32], stride: usize, inputs: usize, panel: &[Bf16], sums: &mut [[f32; PANEL]]) {
+        check::<Widened>(x, stride, inputs, panel, sums.len());
+        let panel = &panel[..panel_len::<Bf16>(inputs)];
+        match sums {
+            [one] => widened(x, stride, inputs, panel, std::array::from_mut(one)),
+            _ => widened::<2>(x, stride, inputs, panel, sums.try_into().expect("two rows")),
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+        scatter(rows, width, panel);
+    }
+}
+
+#[inline(always)]
+fn widened<const R: usize>(
+    x: &[f32],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    sums: &mut [[f32; PANEL]; R],
+) {
+    const HALF: usize = PANEL / 2;
+    for first in [0, HALF] {
+        let mut now: [[f32; HALF]; R] = std::array::from_fn(|r| std::array::from_fn(|j| sums[r][first + j]));
+        for (pair, weights) in panel.chunks_exact(2 * PANEL).enumerate() {
+            let weights: &[Bf16; 2 * HALF] =
+                weights[2 * first..2 * (first + HALF)].try_into().expect("half a panel");
+            for within in 0..2.min(inputs - 2 * pair) {
+                let wide: [f32; HALF] = std::array::from_fn(|j| weights[2 * j + within].load());
+                for r in 0..R {
+                    let value = x[r * stride + 2 * pair + within];
+                    for j in 0..HALF {
+                        now[r][j] += value * wide[j];
+                    }
+                }
+            }
+        }
+        for r in 0..R {
+            sums[r][first..first + HALF].copy_from_slice(&now[r]);
+        }
+    }
+}
+
+/// [`Form::inputs`] of forms that multiply in float32.
+fn widened_inputs<'a>(
+    stored: &[Bf16],
+    room: &'a mut Vec<f32>,
+    widen: impl FnOnce(&[Bf16], &mut [f32]),
+) -> &'a [f32] {
+    if room.len() < stored.len() {
+        room.resize(stored.len(), 0.0);
+    }
+    let room = &mut room[..stored.len()];
+    widen(stored, room);
+    room
+}
+
+/// [`Form::panel_of_rows`], plainly.
+#[inline(always)]
+fn scatter<T: Scalar>(rows: &[T], width: usize, panel: &mut [T]) {
+    for (lane, row) in rows.chunks_exact(width).enumerate() {
+        for (input, value) in row.iter().enumerate() {
+            panel[place_in_panel::<T>(input, lane)] = *value;
+        }
+    }
+}
+
+/// A panel's share of rows that are its *inputs*: outputs `first..first + 32` of rows `at`, `at + 1`... of `width`
+/// elements. Outputs beyond the width, and a missing half of a pair, are set to zero.
+#[inline(always)]
+pub(super) fn panel_of_columns<T: Scalar>(rows: &[T], width: usize, first: usize, panel: &mut [T]) {
+    let (together, zero) = (together::<T>(), T::store(0.0));
+    let lanes = PANEL.min(width - first);
+    for (rows, panel) in rows.chunks(together * width).zip(panel.chunks_exact_mut(together * PANEL)) {
+        if lanes == PANEL && together == 2 && rows.len() == 2 * width {
+            let (one, two) = (&rows[first..first + PANEL], &rows[width + first..width + first + PANEL]);
+            for j in 0..PANEL {
+                panel[2 * j] = one[j];
+                panel[2 * j + 1] = two[j];
+            }
+            continue;
+        }
+        panel.fill(zero);
+        for (within, row) in rows.chunks_exact(width).enumerate() {
+            for (lane, value) in row[first..first + lanes].iter().enumerate() {
+                panel[lane * together + within] = *value;
+            }
+        }
+    }
+}

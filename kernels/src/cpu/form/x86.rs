@@ -1,0 +1,283 @@
+//! bf16 forms in vector instructions. Both read the same panels.
+
+use std::arch::x86_64::*;
+
+use super::{Form, PANEL, check, scatter, widened_inputs};
+use crate::scalar::Bf16;
+
+/// Bytes that one row's stream of weights is fetched ahead: the machine's own prefetching stops at pages.
+const AHEAD: usize = 1024;
+
+/// AVX2: weights widened in registers, products fused with additions.
+pub(crate) struct Fused;
+
+impl Form for Fused {
+    type Stored = Bf16;
+    type Input = f32;
+    const ROWS: usize = 6;
+
+    fn inputs<'a>(
+        stored: &'a [Bf16],
+        room: &'a mut Vec<f32>,
+        widen: impl FnOnce(&[Bf16], &mut [f32]),
+    ) -> &'a [f32] {
+        widened_inputs(stored, room, widen)
+    }
+
+    #[inline(always)]
+    unsafe fn tile(x: &[f32], stride: usize, inputs: usize, panel: &[Bf16], sums: &mut [[f32; PANEL]]) {
+        check::<Fused>(x, stride, inputs, panel, sums.len());
+        // SAFETY: the caller has the instructions; bounds were just checked.
+        unsafe {
+            match sums.len() {
+                1 => fused::<1, 4>(x, stride, inputs, panel, 0, sums),
+                2 => fused::<2, 4>(x, stride, inputs, panel, 0, sums),
+                3 => {
+                    fused::<3, 2>(x, stride, inputs, panel, 0, sums);
+                    fused::<3, 2>(x, stride, inputs, panel, 2, sums);
+                }
+                4 => {
+                    fused::<4, 2>(x, stride, inputs, panel, 0, sums);
+                    fused::<4, 2>(x, stride, inputs, panel, 2, sums);
+                }
+                5 => {
+                    fused::<5, 2>(x, stride, inputs, panel, 0, sums);
+                    fused::<5, 2>(x, stride, inputs, panel, 2, sums);
+                }
+                _ => {
+                    fused::<6, 2>(x, stride, inputs, panel, 0, sums);
+                    fused::<6, 2>(x, stride, inputs, panel, 2, sums);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+        // SAFETY: the caller has the instructions.
+        unsafe { transpose(rows, width, panel) }
+    }
+}
+
+/// `R` rows times `V` vectors of 8 outputs from vector `first` on. Everything that the loop needs is in registers:
+/// sums of 6 rows and 2 vectors take 12 of the 16.
+///
+/// # Safety
+/// As for [`Form::tile`] with AVX2 and FMA; `sums` has `R` rows; `first + V` is at most 4.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn fused<const R: usize, const V: usize>(
+    x: &[f32],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    first: usize,
+    sums: &mut [[f32; PANEL]],
+) {
+    let x = x.as_ptr();
+    let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+    // SAFETY: rows of `sums` have 32 elements, `first + V` vectors of 8 are inside.
+    let mut now: [[__m256; V]; R] = std::array::from_fn(|r| {
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums[r].as_ptr().add(8 * (first + v))) })
+    });
+    // A vector of weights is 16 elements: the pairs of 8 outputs.
+    // SAFETY: the panel has a whole row of 64 elements for each pair of inputs.
+    let mut weights = unsafe { panel.as_ptr().add(16 * first) };
+    for pair in 0..inputs / 2 {
+        if V == 4 {
+            for line in 0..2 {
+                _mm_prefetch::<_MM_HINT_T0>(weights.cast::<i8>().wrapping_add(AHEAD + 64 * line));
+            }
+        }
+        // SAFETY: as above; `weights` is at this pair.
+        let wide: [__m256i; V] =
+            std::array::from_fn(|v| unsafe { _mm256_loadu_si256(weights.add(16 * v).cast()) });
+        let low: [__m256; V] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[v])));
+        for r in 0..R {
+            // SAFETY: the input is inside row `r`.
+            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair)) };
+            for v in 0..V {
+                now[r][v] = _mm256_fmadd_ps(value, low[v], now[r][v]);
+            }
+        }
+        let top: [__m256; V] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_and_si256(wide[v], high)));
+        for r in 0..R {
+            // SAFETY: as above.
+            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair + 1)) };
+            for v in 0..V {
+                now[r][v] = _mm256_fmadd_ps(value, top[v], now[r][v]);
+            }
+        }
+        weights = weights.wrapping_add(2 * PANEL);
+    }
+    if inputs % 2 == 1 {
+        for v in 0..V {
+            // SAFETY: the panel is padded to a whole pair; the last input is inside each row.
+            unsafe {
+                let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+                for r in 0..R {
+                    let value = _mm256_set1_ps(*x.add(r * stride + inputs - 1));
+                    now[r][v] = _mm256_fmadd_ps(value, low, now[r][v]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..V {
+            // SAFETY: as for the loads.
+            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(8 * (first + v)), now[r][v]) };
+        }
+    }
+}
+
+/// AVX-512 with bf16: an instruction multiplies and adds both inputs of a pair for 16 outputs.
+pub(crate) struct Paired;
+
+impl Form for Paired {
+    type Stored = Bf16;
+    type Input = Bf16;
+    const ROWS: usize = 14;
+
+    fn inputs<'a>(
+        stored: &'a [Bf16],
+        _: &'a mut Vec<f32>,
+        _: impl FnOnce(&[Bf16], &mut [f32]),
+    ) -> &'a [Bf16] {
+        stored
+    }
+
+    #[inline(always)]
+    unsafe fn tile(x: &[Bf16], stride: usize, inputs: usize, panel: &[Bf16], sums: &mut [[f32; PANEL]]) {
+        check::<Paired>(x, stride, inputs, panel, sums.len());
+        // SAFETY: the caller has the instructions; bounds were just checked.
+        unsafe {
+            match sums.len() {
+                1 => paired::<1>(x, stride, inputs, panel, sums),
+                2 => paired::<2>(x, stride, inputs, panel, sums),
+                3 => paired::<3>(x, stride, inputs, panel, sums),
+                4 => paired::<4>(x, stride, inputs, panel, sums),
+                5 => paired::<5>(x, stride, inputs, panel, sums),
+                6 => paired::<6>(x, stride, inputs, panel, sums),
+                7 => paired::<7>(x, stride, inputs, panel, sums),
+                8 => paired::<8>(x, stride, inputs, panel, sums),
+                9 => paired::<9>(x, stride, inputs, panel, sums),
+                10 => paired::<10>(x, stride, inputs, panel, sums),
+                11 => paired::<11>(x, stride, inputs, panel, sums),
+                12 => paired::<12>(x, stride, inputs, panel, sums),
+                13 => paired::<13>(x, stride, inputs, panel, sums),
+                _ => paired::<14>(x, stride, inputs, panel, sums),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+        // SAFETY: a machine with AVX-512 has AVX2.
+        unsafe { transpose(rows, width, panel) }
+    }
+}
+
+/// `R` rows times the panel's two vectors of 16 outputs: sums of 14 rows take 28 of the 32 registers.
+///
+/// # Safety
+/// As for [`Form::tile`] with AVX-512 F, BW and BF16; `sums` has `R` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn paired<const R: usize>(
+    x: &[Bf16],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    sums: &mut [[f32; PANEL]],
+) {
+    let x = x.as_ptr();
+    // SAFETY: rows of `sums` have 32 elements.
+    let mut now: [[__m512; 2]; R] = std::array::from_fn(|r| {
+        std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums[r].as_ptr().add(16 * v)) })
+    });
+    let mut weights = panel.as_ptr();
+    // SAFETY: (of all three closures) the panel has a whole row of 64 elements for each pair of inputs, and
+    // `weights` is at one of them; vectors of equal size are the same bits.
+    let load = |weights: *const Bf16, v: usize| unsafe {
+        std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(weights.add(32 * v).cast()))
+    };
+    let spread = |pair: i32| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair)) };
+    for pair in 0..inputs / 2 {
+        if R <= 4 {
+            for line in 0..2 {
+                _mm_prefetch::<_MM_HINT_T0>(weights.cast::<i8>().wrapping_add(AHEAD + 64 * line));
+            }
+        }
+        let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
+        for r in 0..R {
+            // SAFETY: both inputs are inside row `r`; the read asks for no alignment.
+            let value = spread(unsafe { x.add(r * stride + 2 * pair).cast::<i32>().read_unaligned() });
+            for v in 0..2 {
+                now[r][v] = _mm512_dpbf16_ps(now[r][v], value, wide[v]);
+            }
+        }
+        weights = weights.wrapping_add(2 * PANEL);
+    }
+    if inputs % 2 == 1 {
+        // The panel is padded to a whole pair with zeros; the row ends with its last input.
+        let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
+        for r in 0..R {
+            // SAFETY: the last input is inside row `r`.
+            let value = spread(i32::from(unsafe { (*x.add(r * stride + inputs - 1)).0 }));
+            for v in 0..2 {
+                now[r][v] = _mm512_dpbf16_ps(now[r][v], value, wide[v]);
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..2 {
+            // SAFETY: as for the loads.
+            unsafe { _mm512_storeu_ps(sums[r].as_mut_ptr().add(16 * v), now[r][v]) };
+        }
+    }
+}
+
+/// [`Form::panel_of_rows`]: pairs are words of 32 bits, so a panel is the rows transposed; 8 by 8 in registers.
+///
+/// # Safety
+/// The machine has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn transpose(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+    let count = rows.len() / width;
+    let pairs = width / 2;
+    if count != PANEL || width % 2 != 0 || pairs % 8 != 0 {
+        return scatter(rows, width, panel);
+    }
+    assert!(panel.len() >= PANEL * width, "a panel of {width} inputs in {} elements", panel.len());
+    let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    for first in (0..PANEL).step_by(8) {
+        for pair in (0..pairs).step_by(8) {
+            // SAFETY: rows `first..first + 8` and pairs `pair..pair + 8` exist: both counts are multiples of 8.
+            let row: [__m256i; 8] = std::array::from_fn(|i| unsafe {
+                _mm256_loadu_si256(from.add((first + i) * width + 2 * pair).cast())
+            });
+            let two: [__m256i; 8] = std::array::from_fn(|i| match i % 2 {
+                0 => _mm256_unpacklo_epi32(row[i], row[i + 1]),
+                _ => _mm256_unpackhi_epi32(row[i - 1], row[i]),
+            });
+            // Of every four rows: words 0 and 4, 1 and 5, 2 and 6, 3 and 7, four rows each.
+            let four: [__m256i; 8] = std::array::from_fn(|i| {
+                let base = i / 4 * 4;
+                match i % 4 {
+                    0 => _mm256_unpacklo_epi64(two[base], two[base + 2]),
+                    1 => _mm256_unpackhi_epi64(two[base], two[base + 2]),
+                    2 => _mm256_unpacklo_epi64(two[base + 1], two[base + 3]),
+                    _ => _mm256_unpackhi_epi64(two[base + 1], two[base + 3]),
+                }
+            });
+            for i in 0..4 {
+                let low = _mm256_permute2x128_si256::<0x20>(four[i], four[i + 4]);
+                let high = _mm256_permute2x128_si256::<0x31>(four[i], four[i + 4]);
+                // SAFETY: pair `pair + i + 4` is inside the panel, checked above; a pair's row has 32 outputs.
+                unsafe {
+                    _mm256_storeu_si256(to.add(((pair + i) * PANEL + first) * 2).cast(), low);
+                    _mm256_storeu_si256(to.add(((pair + i + 4) * PANEL + first) * 2).cast(), high);
+                }
+            }
+        }
+    }
+}
