@@ -220,22 +220,26 @@ fn scatter<T: Scalar>(rows: &[T], width: usize, panel: &mut [T]) {
     }
 }
 
-/// A panel's share of rows that are its *inputs*: outputs `first..first + 32` of rows `at`, `at + 1`... of `width`
-/// elements. Outputs beyond the width, and a missing half of a pair, are set to zero.
+/// Outputs `first..first + 32` of a panel of up to 32 rows of `width` elements that are its *inputs*. Outputs beyond
+/// the width and missing rows are set to zero.
 #[inline(always)]
 pub(super) fn panel_of_columns<T: Scalar>(rows: &[T], width: usize, first: usize, panel: &mut [T]) {
-    let (together, zero) = (together::<T>(), T::store(0.0));
+    let together = together::<T>();
     let lanes = PANEL.min(width - first);
-    for (rows, panel) in rows.chunks(together * width).zip(panel.chunks_exact_mut(together * PANEL)) {
+    let mut rows = rows.chunks(together * width);
+    for panel in panel.chunks_exact_mut(together * PANEL) {
+        let rows = rows.next().unwrap_or(&[]);
         if lanes == PANEL && together == 2 && rows.len() == 2 * width {
-            let (one, two) = (&rows[first..first + PANEL], &rows[width + first..width + first + PANEL]);
+            let one: &[T; PANEL] = rows[first..first + PANEL].try_into().expect("32 of a row");
+            let two: &[T; PANEL] =
+                rows[width + first..width + first + PANEL].try_into().expect("32 of a row");
             for j in 0..PANEL {
                 panel[2 * j] = one[j];
                 panel[2 * j + 1] = two[j];
             }
             continue;
         }
-        panel.fill(zero);
+        panel.fill(T::store(0.0));
         for (within, row) in rows.chunks_exact(width).enumerate() {
             for (lane, value) in row[first..first + lanes].iter().enumerate() {
                 panel[lane * together + within] = *value;

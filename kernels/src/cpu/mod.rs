@@ -14,7 +14,7 @@ mod pool;
 mod rows;
 mod sample;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tandem_device::{
     Attention, Buffer, Device, Download, Element, Embed, Epilogue, Error, HEAD_WIDTH_MAX, KvPages, Linear,
@@ -22,6 +22,7 @@ use tandem_device::{
 };
 use tandem_memory::Region;
 
+use attention::Rooms;
 use form::Form;
 pub use isa::Isa;
 pub(crate) use pages::Pages;
@@ -61,6 +62,18 @@ impl Cpu {
             .map_err(|error| Error::Unsupported(format!("cannot start {threads} threads: {error}")))?;
         Ok(Cpu { isa, name: format!("cpu-{}", isa.as_str()), pool: Arc::new(Mutex::new(pool)) })
     }
+
+    /// Runs a job in parts: all threads when there is enough work, else here alone. Parts never share a sum, so
+    /// their number changes no bit.
+    fn run(&self, work: usize, job: &(dyn Fn(usize, usize) + Sync)) {
+        // A part that panicked left nothing half-done in the pool itself.
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let parts = pool.threads();
+        if parts == 1 || work < FORK_WORK {
+            return job(0, 1);
+        }
+        pool.run(&|part| job(part, parts));
+    }
 }
 
 impl Device for Cpu {
@@ -95,7 +108,8 @@ impl Device for Cpu {
     }
 
     fn stream(&self) -> Box<dyn Stream> {
-        Box::new(CpuStream { cpu: self.clone(), wide: Vec::new() })
+        let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
+        Box::new(CpuStream { cpu: self.clone(), wide: Vec::new(), rooms: Rooms::new(threads) })
     }
 }
 
@@ -127,8 +141,9 @@ fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
 
 struct CpuStream {
     cpu: Cpu,
-    /// Room for a product's rows in float32; kept to save allocating.
+    /// Room for a product's rows in float32, or partial results of attention; kept to save allocating.
     wide: Vec<f32>,
+    rooms: Rooms,
 }
 
 /// Calls a method for the form that a buffer's element type has on the stream's instruction set.
@@ -158,18 +173,6 @@ macro_rules! by_element {
 }
 
 impl CpuStream {
-    /// Runs a job in parts: all threads when there is enough work, else here alone. Parts never share a sum, so
-    /// their number changes no bit.
-    fn run(&self, work: usize, job: &(dyn Fn(usize, usize) + Sync)) {
-        // A part that panicked left nothing half-done in the pool itself.
-        let mut pool = self.cpu.pool.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let parts = pool.threads();
-        if parts == 1 || work < FORK_WORK {
-            return job(0, 1);
-        }
-        pool.run(&|part| job(part, parts));
-    }
-
     fn embed_as<T: Scalar>(&mut self, call: Embed<'_>) {
         let count = call.rows.count;
         expect(call.to, count * call.table.inputs);
@@ -186,7 +189,7 @@ impl CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * call.table.inputs, &|part, parts| rows::embed(&job, part, parts));
+        self.cpu.run(count * call.table.inputs, &|part, parts| rows::embed(&job, part, parts));
     }
 
     fn norm_as<T: Scalar>(&mut self, call: Norm<'_>) {
@@ -205,7 +208,7 @@ impl CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
+        self.cpu.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
     }
 
     fn product_as<F: Form>(
@@ -229,7 +232,7 @@ impl CpuStream {
         let stored = unsafe { &slice::<F::Stored>(x)[..count * inputs] };
         let x = F::inputs(stored, &mut wide, |stored, wide| {
             let to = Shared::over(wide);
-            self.run(stored.len() / 4, &|part, parts| {
+            self.cpu.run(stored.len() / 4, &|part, parts| {
                 let (begin, end) = (stored.len() * part / parts, stored.len() * (part + 1) / parts);
                 // SAFETY: each part has a range of its own.
                 let to = unsafe { to.part(begin, end - begin) };
@@ -249,7 +252,7 @@ impl CpuStream {
             epilogue,
             to,
         };
-        self.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
+        self.cpu.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
         self.wide = wide;
     }
 
@@ -294,39 +297,53 @@ impl CpuStream {
                 queries: Shared::of(call.queries),
             }
         };
-        self.run(count * call.heads * pages.width * 8, &|part, parts| {
+        self.cpu.run(count * call.heads * pages.width * 8, &|part, parts| {
             rows::qkv_store(isa, &job, part, parts);
         });
     }
 
-    fn attention_as<T: Scalar>(&mut self, call: Attention<'_>) {
+    fn attention_as<F: Form>(&mut self, call: Attention<'_>) {
         let count = call.rows.count;
         let pages = call.kv.pages;
         check_heads(call.heads, pages);
-        assert!(
-            attention::SPAN.is_multiple_of(pages.tokens),
-            "spans end with pages of {} tokens",
-            pages.tokens
-        );
+        assert!(pages.tokens.is_multiple_of(form::PANEL), "panels end with pages of {} tokens", pages.tokens);
         expect(call.queries, count * call.heads * pages.width);
         expect(call.to, count * call.heads * pages.width);
         let isa = self.cpu.isa;
         // SAFETY: as in `embed_as`.
+        let (positions, sequences) =
+            unsafe { (&slice(call.rows.positions)[..count], &slice(call.rows.sequences)[..count]) };
+        let parts = self.rooms.parts();
+        let plan = attention::Plan::new(positions, sequences, call.heads / pages.heads, pages.heads, parts);
+        let mut partials = std::mem::take(&mut self.wide);
+        let len = plan.partials * attention::partial_len(pages.width);
+        if partials.len() < len {
+            partials.resize(len, 0.0);
+        }
+        let rooms = self.rooms.of::<F>();
+        // SAFETY: as in `embed_as`.
         let job = unsafe {
-            attention::Attention::<T> {
+            attention::Attention::<F> {
                 queries: slice(call.queries),
-                positions: &slice(call.rows.positions)[..count],
-                sequences: &slice(call.rows.sequences)[..count],
+                positions,
+                sequences,
                 heads: call.heads,
                 scale: call.scale,
                 pages: Pages::of(call.kv, call.sequences),
+                plan: &plan,
+                rooms,
+                partials: Shared::over(&mut partials),
                 to: Shared::of(call.to),
             }
         };
-        let tokens: usize = job.positions.iter().map(|position| *position as usize + 1).sum();
-        self.run(tokens * call.heads * pages.width * 2, &|part, parts| {
+        let tokens: usize = positions.iter().map(|position| *position as usize + 1).sum();
+        self.cpu.run(tokens * call.heads * pages.width * 2, &|part, parts| {
             attention::attention(isa, &job, part, parts);
         });
+        if plan.partials > 0 {
+            self.cpu.run(len, &|part, parts| attention::merge_spans(isa, &job, part, parts));
+        }
+        self.wide = partials;
     }
 
     fn zero_rows_as<T: Scalar>(&mut self, pages: &KvPages, page: u32, first_row: u32) {
@@ -409,7 +426,7 @@ impl Stream for CpuStream {
             scale: call.scale,
             to: Shared::of(call.to),
         };
-        self.run(count * call.frequencies.len() * 64, &|part, parts| rows::rotations(&job, part, parts));
+        self.cpu.run(count * call.frequencies.len() * 64, &|part, parts| rows::rotations(&job, part, parts));
     }
 
     fn norm(&mut self, call: Norm<'_>) {
@@ -425,7 +442,7 @@ impl Stream for CpuStream {
     }
 
     fn attention(&mut self, call: Attention<'_>) {
-        by_element!(call.queries, self.attention_as(call))
+        by_form!(call.queries, self.attention_as(call))
     }
 
     fn gather_rows(&mut self, from: &Buffer, rows: &Buffer, count: usize, width: usize, to: &Buffer) {
@@ -470,7 +487,7 @@ impl Stream for CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * vocab, &|part, parts| sample::penalties(isa, &job, part, parts));
+        self.cpu.run(count * vocab, &|part, parts| sample::penalties(isa, &job, part, parts));
     }
 
     fn sample(&mut self, call: SampleCall<'_>) {
@@ -493,7 +510,7 @@ impl Stream for CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * vocab * 4, &|part, parts| sample::sample(isa, &job, part, parts));
+        self.cpu.run(count * vocab * 4, &|part, parts| sample::sample(isa, &job, part, parts));
     }
 
     fn copy_pages(&mut self, pages: &KvPages, pairs: &Buffer, count: usize) {
