@@ -10,7 +10,7 @@
 use std::any::Any;
 use std::sync::{Mutex, PoisonError};
 
-use super::form::{Form, PANEL, panel_len, panel_of_columns, rows_next};
+use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
 use super::pages::Pages;
 use crate::math::{self, LANES};
@@ -306,7 +306,7 @@ fn span<F: Form>(
     let queries = room.queries.len() / width;
     let mut first = 0;
     while first < queries {
-        let rows = rows_next::<F>(queries - first);
+        let rows = F::rows_next(queries - first);
         let seen = |query: usize| reach(job, block, query).clamp(begin, begin + SPAN) - begin;
         let tokens = (first..first + rows).map(seen).max().expect("a tile has rows");
         if tokens > 0 {
@@ -340,7 +340,8 @@ fn panels<F: Form>(
         unsafe { F::panel_of_rows(keys, width, &mut room.keys[at * key_len..][..key_len]) };
         for (dimensions, panel) in room.values.chunks_exact_mut(value_len).enumerate() {
             let panel = &mut panel[at * PANEL * PANEL..][..PANEL * PANEL];
-            panel_of_columns(values, width, dimensions * PANEL, panel);
+            // SAFETY: as above.
+            unsafe { F::panel_of_columns(values, width, dimensions * PANEL, panel) };
         }
     }
 }
@@ -364,7 +365,7 @@ fn tile<F: Form>(
         let sums = &mut sums[..rows];
         sums.fill([0.0; PANEL]);
         // SAFETY: a form is used with its instruction set; `tile` checks the rest.
-        unsafe { F::tile(x, width, width, panel, sums) };
+        unsafe { F::tile(x, width, width, panel, Ahead::NONE, sums) };
         for (r, sums) in sums.iter().enumerate() {
             let scores = &mut room.scores[r * SPAN + at * PANEL..][..PANEL];
             for j in 0..PANEL {
@@ -384,7 +385,7 @@ fn tile<F: Form>(
         let sums = &mut sums[..rows];
         sums.fill([0.0; PANEL]);
         // SAFETY: as above.
-        unsafe { F::tile(&room.weights, SPAN, used, panel, sums) };
+        unsafe { F::tile(&room.weights, SPAN, used, panel, Ahead::NONE, sums) };
         let lanes = PANEL.min(width - at * PANEL);
         for (r, sums) in sums.iter().enumerate() {
             let first = r * partial_len(width) + 2 + at * PANEL;

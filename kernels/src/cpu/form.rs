@@ -8,6 +8,8 @@
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
+use std::ops::Range;
+
 use crate::scalar::{Bf16, Scalar};
 
 #[cfg(target_arch = "x86_64")]
@@ -24,6 +26,14 @@ pub(super) trait Form: Send + Sync + 'static {
     type Input: Scalar;
     /// Most rows of one [`Form::tile`].
     const ROWS: usize;
+    /// Up to so many rows a tile goes through the panel once, from its beginning to its end.
+    const ROWS_AT_ONCE: usize;
+
+    /// Rows of a tile when `left` are left: tiles of about equal height, since low ones are slow.
+    #[inline(always)]
+    fn rows_next(left: usize) -> usize {
+        left.div_ceil(left.div_ceil(Self::ROWS))
+    }
 
     /// Rows as they are multiplied: themselves, or what `widen` makes of them in `room`.
     fn inputs<'a>(
@@ -32,7 +42,8 @@ pub(super) trait Form: Send + Sync + 'static {
         widen: impl FnOnce(&[Self::Stored], &mut [f32]),
     ) -> &'a [Self::Input];
 
-    /// Adds the product of `sums.len()` rows, of `inputs` elements and `stride` apart, with a panel.
+    /// Adds the product of `sums.len()` rows, of `inputs` elements and `stride` apart, with a panel, and fetches
+    /// meanwhile what comes next.
     ///
     /// # Safety
     /// The machine has the form's instructions; `x` reaches to the end of the last row; the panel holds
@@ -42,6 +53,7 @@ pub(super) trait Form: Send + Sync + 'static {
         stride: usize,
         inputs: usize,
         panel: &[Self::Stored],
+        ahead: Ahead,
         sums: &mut [[f32; PANEL]],
     );
 
@@ -50,6 +62,78 @@ pub(super) trait Form: Send + Sync + 'static {
     /// # Safety
     /// The machine has the form's instructions.
     unsafe fn panel_of_rows(rows: &[Self::Stored], width: usize, panel: &mut [Self::Stored]);
+
+    /// Makes outputs `first..first + 32` of a panel of up to 32 rows of `width` elements: they are its inputs.
+    /// Outputs beyond the width and missing rows are set to zero.
+    ///
+    /// # Safety
+    /// The machine has the form's instructions.
+    unsafe fn panel_of_columns(rows: &[Self::Stored], width: usize, first: usize, panel: &mut [Self::Stored]);
+}
+
+/// Cache lines to fetch while something else is multiplied: memory answers late, and the machine's own prefetching
+/// stops at the ends of pages and does nothing while a panel is used again.
+#[derive(Clone, Copy)]
+pub(super) struct Ahead {
+    next: *const u8,
+    lines: usize,
+    /// Lines are spread evenly over so many turns of a loop.
+    turns: usize,
+    credit: usize,
+}
+
+/// Bytes of a cache line.
+const LINE: usize = 64;
+/// How far ahead of itself a single pass over weights fetches: what it reads while memory answers.
+const AHEAD_BYTES: usize = 6144;
+
+impl Ahead {
+    /// Nothing.
+    pub(super) const NONE: Ahead = Ahead { next: std::ptr::null(), lines: 0, turns: 1, credit: 0 };
+
+    /// What a single pass over `panel` will come to soon.
+    pub(super) fn soon<T>(panel: &[T]) -> Ahead {
+        let next = panel.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES);
+        Ahead { next, lines: size_of_val(panel) / LINE, ..Ahead::NONE }
+    }
+
+    /// The share of some rows, of `all`, of what lies behind `panel` and is as long.
+    pub(super) fn following<T>(panel: &[T], rows: Range<usize>, all: usize) -> Ahead {
+        let lines = size_of_val(panel) / LINE;
+        let (begin, end) = (lines * rows.start / all, lines * rows.end / all);
+        let next = panel.as_ptr_range().end.cast::<u8>().wrapping_add(begin * LINE);
+        Ahead { next, lines: end - begin, ..Ahead::NONE }
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn in_two(self) -> [Ahead; 2] {
+        let first = self.lines / 2;
+        let second = self.next.wrapping_add(first * LINE);
+        [Ahead { lines: first, ..self }, Ahead { next: second, lines: self.lines - first, ..self }]
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn over(self, turns: usize) -> Ahead {
+        Ahead { turns: turns.max(1), ..self }
+    }
+
+    /// Fetches one turn's share, at most two lines.
+    #[cfg(target_arch = "x86_64")]
+    #[inline(always)]
+    fn fetch_next(&mut self) {
+        self.credit += self.lines;
+        for _ in 0..2 {
+            if self.credit >= self.turns {
+                self.credit -= self.turns;
+                // A hint: an address that is not mapped does nothing.
+                // SAFETY: every x86-64 has the instruction, and it reads nothing.
+                unsafe {
+                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.next.cast());
+                }
+                self.next = self.next.wrapping_add(LINE);
+            }
+        }
+    }
 }
 
 /// Inputs that lie together in a panel of `T`.
@@ -69,12 +153,6 @@ pub(super) fn place_in_panel<T: Scalar>(input: usize, lane: usize) -> usize {
     (input / together * PANEL + lane) * together + input % together
 }
 
-/// Rows of a tile when `left` are left: tiles of about equal height, since low ones are slow.
-#[inline(always)]
-pub(super) fn rows_next<F: Form>(left: usize) -> usize {
-    left.div_ceil(left.div_ceil(F::ROWS))
-}
-
 /// Checks [`Form::tile`]'s bounds.
 #[inline(always)]
 fn check<F: Form>(x: &[F::Input], stride: usize, inputs: usize, panel: &[F::Stored], rows: usize) {
@@ -90,13 +168,21 @@ impl Form for Exact {
     type Stored = f32;
     type Input = f32;
     const ROWS: usize = 4;
+    const ROWS_AT_ONCE: usize = 0;
 
     fn inputs<'a>(stored: &'a [f32], _: &'a mut Vec<f32>, _: impl FnOnce(&[f32], &mut [f32])) -> &'a [f32] {
         stored
     }
 
     #[inline(always)]
-    unsafe fn tile(x: &[f32], stride: usize, inputs: usize, panel: &[f32], sums: &mut [[f32; PANEL]]) {
+    unsafe fn tile(
+        x: &[f32],
+        stride: usize,
+        inputs: usize,
+        panel: &[f32],
+        _: Ahead,
+        sums: &mut [[f32; PANEL]],
+    ) {
         check::<Exact>(x, stride, inputs, panel, sums.len());
         let panel = &panel[..inputs * PANEL];
         if let Ok(sums) = <&mut [_; 4]>::try_from(&mut *sums) {
@@ -110,6 +196,11 @@ impl Form for Exact {
     #[inline(always)]
     unsafe fn panel_of_rows(rows: &[f32], width: usize, panel: &mut [f32]) {
         scatter(rows, width, panel);
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_columns(rows: &[f32], width: usize, first: usize, panel: &mut [f32]) {
+        gather(rows, width, first, panel);
     }
 }
 
@@ -141,6 +232,7 @@ impl Form for Widened {
     type Stored = Bf16;
     type Input = f32;
     const ROWS: usize = 2;
+    const ROWS_AT_ONCE: usize = 0;
 
     fn inputs<'a>(
         stored: &'a [Bf16],
@@ -151,7 +243,14 @@ impl Form for Widened {
     }
 
     #[inline(always)]
-    unsafe fn tile(x: &[f32], stride: usize, inputs: usize, panel: &[Bf16], sums: &mut [[f32; PANEL]]) {
+    unsafe fn tile(
+        x: &[f32],
+        stride: usize,
+        inputs: usize,
+        panel: &[Bf16],
+        _: Ahead,
+        sums: &mut [[f32; PANEL]],
+    ) {
         check::<Widened>(x, stride, inputs, panel, sums.len());
         let panel = &panel[..panel_len::<Bf16>(inputs)];
         match sums {
@@ -163,6 +262,11 @@ impl Form for Widened {
     #[inline(always)]
     unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
         scatter(rows, width, panel);
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+        gather(rows, width, first, panel);
     }
 }
 
@@ -220,30 +324,62 @@ fn scatter<T: Scalar>(rows: &[T], width: usize, panel: &mut [T]) {
     }
 }
 
-/// Outputs `first..first + 32` of a panel of up to 32 rows of `width` elements that are its *inputs*. Outputs beyond
-/// the width and missing rows are set to zero.
+/// [`Form::panel_of_columns`], plainly.
 #[inline(always)]
-pub(super) fn panel_of_columns<T: Scalar>(rows: &[T], width: usize, first: usize, panel: &mut [T]) {
+fn gather<T: Scalar>(rows: &[T], width: usize, first: usize, panel: &mut [T]) {
     let together = together::<T>();
     let lanes = PANEL.min(width - first);
     let mut rows = rows.chunks(together * width);
     for panel in panel.chunks_exact_mut(together * PANEL) {
-        let rows = rows.next().unwrap_or(&[]);
-        if lanes == PANEL && together == 2 && rows.len() == 2 * width {
-            let one: &[T; PANEL] = rows[first..first + PANEL].try_into().expect("32 of a row");
-            let two: &[T; PANEL] =
-                rows[width + first..width + first + PANEL].try_into().expect("32 of a row");
-            for j in 0..PANEL {
-                panel[2 * j] = one[j];
-                panel[2 * j + 1] = two[j];
-            }
-            continue;
-        }
         panel.fill(T::store(0.0));
-        for (within, row) in rows.chunks_exact(width).enumerate() {
+        for (within, row) in rows.next().unwrap_or(&[]).chunks_exact(width).enumerate() {
             for (lane, value) in row[first..first + lanes].iter().enumerate() {
                 panel[lane * together + within] = *value;
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Isa;
+
+    fn numbers(count: usize) -> Vec<Bf16> {
+        (0..count).map(|at| Bf16(at as u16 + 1)).collect()
+    }
+
+    fn panels<F: Form<Stored = Bf16>>(rows: &[Bf16], width: usize) -> [Vec<Bf16>; 2] {
+        let mut of_rows = vec![Bf16(0); panel_len::<Bf16>(width)];
+        let mut of_columns = vec![Bf16(9); PANEL * PANEL];
+        // SAFETY: called for forms whose instructions are there.
+        unsafe {
+            F::panel_of_rows(rows, width, &mut of_rows);
+            F::panel_of_columns(rows, width, (width - 1) / PANEL * PANEL, &mut of_columns);
+        }
+        [of_rows, of_columns]
+    }
+
+    proptest! {
+        #[test]
+        fn panels_are_the_same_whoever_makes_them(count in 1_usize..33, half in 1_usize..70, whole: bool) {
+            let (count, width) = if whole { (32, half.next_multiple_of(16)) } else { (count, 2 * half) };
+            let rows = numbers(count * width);
+            let plain = panels::<Widened>(&rows, width);
+            #[cfg(target_arch = "x86_64")]
+            {
+                prop_assert!(!Isa::Avx2.available() || panels::<Fused>(&rows, width) == plain);
+                prop_assert!(!Isa::Avx512.available() || panels::<Paired>(&rows, width) == plain);
+            }
+            for input in 0..width {
+                prop_assert_eq!(plain[0][place_in_panel::<Bf16>(input, count - 1)], rows[(count - 1) * width + input]);
+            }
+            let (first, last) = ((width - 1) / PANEL * PANEL, width - 1);
+            let place = place_in_panel::<Bf16>(count - 1, last - first);
+            prop_assert_eq!(plain[1][place], rows[(count - 1) * width + last]);
+            prop_assert_eq!(plain[1].iter().filter(|value| value.0 != 0).count(), count * (width - first));
         }
     }
 }

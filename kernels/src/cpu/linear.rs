@@ -5,17 +5,18 @@
 
 use tandem_device::{Epilogue, Linear};
 
-use super::form::{Form, PANEL, panel_len, rows_next};
+use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
 use crate::math;
 use crate::memory::Shared;
 use crate::scalar::Scalar;
 
-/// Bytes of panels that a tile of rows is multiplied with before the next tile comes: they stay in the second
-/// level of cache while the rows pass.
-const PANELS_BYTES: usize = 256 << 10;
-/// No form has more rows in a tile.
-const ROWS_MAX: usize = 14;
+/// Rows that go through all panels together: as many as the second level of cache holds beside the panels. More
+/// come in equal blocks, each of which reads the weights again.
+const ROWS_BLOCK: usize = 70;
+/// Inputs that are multiplied at a time when a panel serves several tiles: so much of a panel, and of the next one,
+/// stays in the second level of cache.
+const INPUTS_BLOCK: usize = 1024;
 
 /// Where output `output` lies: its panel and its place there.
 pub(super) fn place(outputs: usize, gated: bool, output: usize) -> (usize, usize) {
@@ -57,55 +58,59 @@ kernel!(
 
 #[inline(always)]
 fn body<F: Form>(job: &Product<'_, F>, part: usize, parts: usize) {
-    let pair = if job.weight.gated { 2 } else { 1 };
-    let groups = panels(job.weight.outputs, job.weight.gated) / pair;
-    let (begin, end) = (groups * part / parts, groups * (part + 1) / parts);
-    let bytes = pair * panel_len::<F::Stored>(job.weight.inputs) * size_of::<F::Stored>();
-    let at_once = (PANELS_BYTES / bytes.max(1)).max(1);
-    for first in (begin..end).step_by(at_once) {
-        let mut row = 0;
-        while row < job.count {
-            let rows = rows_next::<F>(job.count - row);
-            for at in first..end.min(first + at_once) {
-                tile(job, at, row, rows);
+    let groups = panels(job.weight.outputs, job.weight.gated) / if job.weight.gated { 2 } else { 1 };
+    let blocks = job.count.div_ceil(ROWS_BLOCK);
+    let (mut sums, mut ups) = ([[0.0; PANEL]; ROWS_BLOCK], [[0.0; PANEL]; ROWS_BLOCK]);
+    for block in 0..blocks {
+        let (first, last) = (job.count * block / blocks, job.count * (block + 1) / blocks);
+        let (sums, ups) = (&mut sums[..last - first], &mut ups[..last - first]);
+        for at in groups * part / parts..groups * (part + 1) / parts {
+            if job.weight.gated {
+                multiply(job, at * 2, first, sums);
+                multiply(job, at * 2 + 1, first, ups);
+                gate(job, at, first, sums, ups);
+            } else {
+                multiply(job, at, first, sums);
+                finish(job, at, first, sums);
             }
-            row += rows;
         }
     }
 }
 
-/// `rows` rows from `row` on, times panel (or pair of panels) `at`.
+/// The sums of `sums.len()` rows from `first` on with one panel. While it is multiplied the next one is fetched.
 #[inline(always)]
-fn tile<F: Form>(job: &Product<'_, F>, at: usize, row: usize, rows: usize) {
-    let mut sums = [[0.0; PANEL]; ROWS_MAX];
-    let sums = &mut sums[..rows];
-    if !job.weight.gated {
-        panel(job, at, row, sums);
-        return finish(job, at, row, sums);
-    }
-    let mut ups = [[0.0; PANEL]; ROWS_MAX];
-    let ups = &mut ups[..rows];
-    panel(job, at * 2, row, sums);
-    panel(job, at * 2 + 1, row, ups);
-    gate(job, at, row, sums, ups);
-}
-
-/// The sums of some rows with one panel.
-#[inline(always)]
-fn panel<F: Form>(job: &Product<'_, F>, at: usize, row: usize, sums: &mut [[f32; PANEL]]) {
+fn multiply<F: Form>(job: &Product<'_, F>, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
     let inputs = job.weight.inputs;
     let len = panel_len::<F::Stored>(inputs);
     // SAFETY: weights are written once, when they are packed.
-    let panel = unsafe { job.panels.read(at * len, len) };
-    // SAFETY: a form is used with its instruction set; `tile` checks the rest.
-    unsafe { F::tile(&job.x[row * inputs..], inputs, inputs, panel, sums) }
+    let panel = unsafe { job.panels.read(panel * len, len) };
+    sums.fill([0.0; PANEL]);
+    let rows = sums.len();
+    let at_once = rows <= F::ROWS_AT_ONCE;
+    let block = if at_once { inputs } else { INPUTS_BLOCK };
+    for from in (0..inputs).step_by(block) {
+        let count = block.min(inputs - from);
+        let panel = &panel[from * PANEL..][..panel_len::<F::Stored>(count)];
+        let mut row = 0;
+        while row < rows {
+            let height = F::rows_next(rows - row);
+            let ahead = match at_once {
+                true => Ahead::soon(panel),
+                false => Ahead::following(panel, row..row + height, rows),
+            };
+            let x = &job.x[(first + row) * inputs + from..];
+            // SAFETY: a form is used with its instruction set; `tile` checks the rest.
+            unsafe { F::tile(x, inputs, count, panel, ahead, &mut sums[row..row + height]) };
+            row += height;
+        }
+    }
 }
 
 #[inline(always)]
 fn gate<F: Form>(
     job: &Product<'_, F>,
     at: usize,
-    row: usize,
+    first_row: usize,
     gates: &mut [[f32; PANEL]],
     ups: &mut [[f32; PANEL]],
 ) {
@@ -124,7 +129,7 @@ fn gate<F: Form>(
         }
         if let Output::Stored(to) = &job.to {
             // SAFETY: this part alone writes the columns of its panels.
-            let to = unsafe { to.part((row + r) * half + first, width) };
+            let to = unsafe { to.part((first_row + r) * half + first, width) };
             for j in 0..width {
                 to[j] = F::Stored::store(gate[j]);
             }
@@ -133,7 +138,7 @@ fn gate<F: Form>(
 }
 
 #[inline(always)]
-fn finish<F: Form>(job: &Product<'_, F>, at: usize, row: usize, sums: &mut [[f32; PANEL]]) {
+fn finish<F: Form>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &mut [[f32; PANEL]]) {
     let outputs = job.weight.outputs;
     let first = at * PANEL;
     let width = PANEL.min(outputs - first);
@@ -143,7 +148,7 @@ fn finish<F: Form>(job: &Product<'_, F>, at: usize, row: usize, sums: &mut [[f32
                 sums[j] += bias[first + j];
             }
         }
-        let begin = (row + r) * outputs + first;
+        let begin = (first_row + r) * outputs + first;
         match &job.to {
             // SAFETY: this part alone writes the columns of its panels.
             Output::Logits(to) => unsafe { to.part(begin, width) }.copy_from_slice(&sums[..width]),

@@ -2,11 +2,8 @@
 
 use std::arch::x86_64::*;
 
-use super::{Form, PANEL, check, scatter, widened_inputs};
+use super::{Ahead, Form, PANEL, check, gather, scatter, widened_inputs};
 use crate::scalar::Bf16;
-
-/// Bytes that one row's stream of weights is fetched ahead: the machine's own prefetching stops at pages.
-const AHEAD: usize = 1024;
 
 /// AVX2: weights widened in registers, products fused with additions.
 pub(crate) struct Fused;
@@ -14,7 +11,18 @@ pub(crate) struct Fused;
 impl Form for Fused {
     type Stored = Bf16;
     type Input = f32;
-    const ROWS: usize = 6;
+    const ROWS: usize = 5;
+    const ROWS_AT_ONCE: usize = 2;
+
+    // Three rows are the slowest: too many to go through a panel at once, too few to keep both units busy.
+    #[inline(always)]
+    fn rows_next(left: usize) -> usize {
+        match left {
+            6 => 4,
+            7 => 5,
+            _ => left.div_ceil(left.div_ceil(Self::ROWS)),
+        }
+    }
 
     fn inputs<'a>(
         stored: &'a [Bf16],
@@ -25,28 +33,32 @@ impl Form for Fused {
     }
 
     #[inline(always)]
-    unsafe fn tile(x: &[f32], stride: usize, inputs: usize, panel: &[Bf16], sums: &mut [[f32; PANEL]]) {
+    unsafe fn tile(
+        x: &[f32],
+        stride: usize,
+        inputs: usize,
+        panel: &[Bf16],
+        ahead: Ahead,
+        sums: &mut [[f32; PANEL]],
+    ) {
         check::<Fused>(x, stride, inputs, panel, sums.len());
+        let halves = ahead.in_two();
         // SAFETY: the caller has the instructions; bounds were just checked.
         unsafe {
             match sums.len() {
-                1 => fused::<1, 4>(x, stride, inputs, panel, 0, sums),
-                2 => fused::<2, 4>(x, stride, inputs, panel, 0, sums),
+                1 => fused_wide::<1>(x, stride, inputs, panel, ahead, sums),
+                2 => fused_wide::<2>(x, stride, inputs, panel, ahead, sums),
                 3 => {
-                    fused::<3, 2>(x, stride, inputs, panel, 0, sums);
-                    fused::<3, 2>(x, stride, inputs, panel, 2, sums);
+                    fused_half::<3>(x, stride, inputs, panel, 0, halves[0], sums);
+                    fused_half::<3>(x, stride, inputs, panel, 1, halves[1], sums);
                 }
                 4 => {
-                    fused::<4, 2>(x, stride, inputs, panel, 0, sums);
-                    fused::<4, 2>(x, stride, inputs, panel, 2, sums);
-                }
-                5 => {
-                    fused::<5, 2>(x, stride, inputs, panel, 0, sums);
-                    fused::<5, 2>(x, stride, inputs, panel, 2, sums);
+                    fused_half::<4>(x, stride, inputs, panel, 0, halves[0], sums);
+                    fused_half::<4>(x, stride, inputs, panel, 1, halves[1], sums);
                 }
                 _ => {
-                    fused::<6, 2>(x, stride, inputs, panel, 0, sums);
-                    fused::<6, 2>(x, stride, inputs, panel, 2, sums);
+                    fused_half::<5>(x, stride, inputs, panel, 0, halves[0], sums);
+                    fused_half::<5>(x, stride, inputs, panel, 1, halves[1], sums);
                 }
             }
         }
@@ -57,60 +69,55 @@ impl Form for Fused {
         // SAFETY: the caller has the instructions.
         unsafe { transpose(rows, width, panel) }
     }
+
+    #[inline(always)]
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+        // SAFETY: the caller has the instructions.
+        unsafe { interleave(rows, width, first, panel) }
+    }
 }
 
-/// `R` rows times `V` vectors of 8 outputs from vector `first` on. Everything that the loop needs is in registers:
-/// sums of 6 rows and 2 vectors take 12 of the 16.
+/// `R` rows times the panel's four vectors of 8 outputs, for few rows: what the loop needs fits the 16 registers.
 ///
 /// # Safety
-/// As for [`Form::tile`] with AVX2 and FMA; `sums` has `R` rows; `first + V` is at most 4.
+/// As for [`Form::tile`] with AVX2 and FMA; `sums` has `R` rows.
 #[target_feature(enable = "avx2,fma")]
-unsafe fn fused<const R: usize, const V: usize>(
+unsafe fn fused_wide<const R: usize>(
     x: &[f32],
     stride: usize,
     inputs: usize,
     panel: &[Bf16],
-    first: usize,
+    ahead: Ahead,
     sums: &mut [[f32; PANEL]],
 ) {
     let x = x.as_ptr();
     let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-    // SAFETY: rows of `sums` have 32 elements, `first + V` vectors of 8 are inside.
-    let mut now: [[__m256; V]; R] = std::array::from_fn(|r| {
-        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums[r].as_ptr().add(8 * (first + v))) })
+    let mut now: [[__m256; 4]; R] = std::array::from_fn(|r| {
+        // SAFETY: rows of `sums` have 32 elements.
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums[r].as_ptr().add(8 * v)) })
     });
-    // A vector of weights is 16 elements: the pairs of 8 outputs.
-    // SAFETY: the panel has a whole row of 64 elements for each pair of inputs.
-    let mut weights = unsafe { panel.as_ptr().add(16 * first) };
+    let mut weights = panel.as_ptr();
+    let mut ahead = ahead.over(inputs / 2);
     for pair in 0..inputs / 2 {
-        if V == 4 {
-            for line in 0..2 {
-                _mm_prefetch::<_MM_HINT_T0>(weights.cast::<i8>().wrapping_add(AHEAD + 64 * line));
-            }
-        }
-        // SAFETY: as above; `weights` is at this pair.
-        let wide: [__m256i; V] =
-            std::array::from_fn(|v| unsafe { _mm256_loadu_si256(weights.add(16 * v).cast()) });
-        let low: [__m256; V] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[v])));
-        for r in 0..R {
-            // SAFETY: the input is inside row `r`.
-            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair)) };
-            for v in 0..V {
-                now[r][v] = _mm256_fmadd_ps(value, low[v], now[r][v]);
-            }
-        }
-        let top: [__m256; V] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_and_si256(wide[v], high)));
-        for r in 0..R {
-            // SAFETY: as above.
-            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair + 1)) };
-            for v in 0..V {
-                now[r][v] = _mm256_fmadd_ps(value, top[v], now[r][v]);
+        ahead.fetch_next();
+        for v in 0..4 {
+            // SAFETY: a vector of weights is 16 elements, the pairs of 8 outputs; the panel has four for each pair
+            // of inputs, and `weights` is at this pair. Both inputs are inside row `r`.
+            unsafe {
+                let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+                let top = _mm256_castsi256_ps(_mm256_and_si256(wide, high));
+                for r in 0..R {
+                    let values = x.add(r * stride + 2 * pair);
+                    now[r][v] = _mm256_fmadd_ps(_mm256_set1_ps(*values), low, now[r][v]);
+                    now[r][v] = _mm256_fmadd_ps(_mm256_set1_ps(*values.add(1)), top, now[r][v]);
+                }
             }
         }
         weights = weights.wrapping_add(2 * PANEL);
     }
     if inputs % 2 == 1 {
-        for v in 0..V {
+        for v in 0..4 {
             // SAFETY: the panel is padded to a whole pair; the last input is inside each row.
             unsafe {
                 let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
@@ -123,9 +130,76 @@ unsafe fn fused<const R: usize, const V: usize>(
         }
     }
     for r in 0..R {
-        for v in 0..V {
+        for v in 0..4 {
             // SAFETY: as for the loads.
-            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(8 * (first + v)), now[r][v]) };
+            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(8 * v), now[r][v]) };
+        }
+    }
+}
+
+/// `R` rows times half of the panel: sums of 5 rows and 2 vectors leave registers for weights and inputs.
+///
+/// # Safety
+/// As for [`Form::tile`] with AVX2 and FMA; `sums` has `R` rows; `half` is 0 or 1.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn fused_half<const R: usize>(
+    x: &[f32],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    half: usize,
+    ahead: Ahead,
+    sums: &mut [[f32; PANEL]],
+) {
+    let x = x.as_ptr();
+    let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+    let mut now: [[__m256; 2]; R] = std::array::from_fn(|r| {
+        // SAFETY: rows of `sums` have 32 elements, of which these are one half.
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums[r].as_ptr().add(16 * half + 8 * v)) })
+    });
+    // SAFETY: the panel has a row of 64 elements for each pair of inputs, a vector of 16 for 8 outputs.
+    let mut weights = unsafe { panel.as_ptr().add(32 * half) };
+    let mut ahead = ahead.over(inputs / 2);
+    for pair in 0..inputs / 2 {
+        ahead.fetch_next();
+        // SAFETY: as above; `weights` is at this pair.
+        let wide: [__m256i; 2] =
+            std::array::from_fn(|v| unsafe { _mm256_loadu_si256(weights.add(16 * v).cast()) });
+        let low: [__m256; 2] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[v])));
+        for r in 0..R {
+            // SAFETY: the input is inside row `r`.
+            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair)) };
+            for v in 0..2 {
+                now[r][v] = _mm256_fmadd_ps(value, low[v], now[r][v]);
+            }
+        }
+        let top: [__m256; 2] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_and_si256(wide[v], high)));
+        for r in 0..R {
+            // SAFETY: as above.
+            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair + 1)) };
+            for v in 0..2 {
+                now[r][v] = _mm256_fmadd_ps(value, top[v], now[r][v]);
+            }
+        }
+        weights = weights.wrapping_add(2 * PANEL);
+    }
+    if inputs % 2 == 1 {
+        for v in 0..2 {
+            // SAFETY: the panel is padded to a whole pair; the last input is inside each row.
+            unsafe {
+                let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+                for r in 0..R {
+                    let value = _mm256_set1_ps(*x.add(r * stride + inputs - 1));
+                    now[r][v] = _mm256_fmadd_ps(value, low, now[r][v]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..2 {
+            // SAFETY: as for the loads.
+            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(16 * half + 8 * v), now[r][v]) };
         }
     }
 }
@@ -137,6 +211,7 @@ impl Form for Paired {
     type Stored = Bf16;
     type Input = Bf16;
     const ROWS: usize = 14;
+    const ROWS_AT_ONCE: usize = 14;
 
     fn inputs<'a>(
         stored: &'a [Bf16],
@@ -147,25 +222,32 @@ impl Form for Paired {
     }
 
     #[inline(always)]
-    unsafe fn tile(x: &[Bf16], stride: usize, inputs: usize, panel: &[Bf16], sums: &mut [[f32; PANEL]]) {
+    unsafe fn tile(
+        x: &[Bf16],
+        stride: usize,
+        inputs: usize,
+        panel: &[Bf16],
+        ahead: Ahead,
+        sums: &mut [[f32; PANEL]],
+    ) {
         check::<Paired>(x, stride, inputs, panel, sums.len());
         // SAFETY: the caller has the instructions; bounds were just checked.
         unsafe {
             match sums.len() {
-                1 => paired::<1>(x, stride, inputs, panel, sums),
-                2 => paired::<2>(x, stride, inputs, panel, sums),
-                3 => paired::<3>(x, stride, inputs, panel, sums),
-                4 => paired::<4>(x, stride, inputs, panel, sums),
-                5 => paired::<5>(x, stride, inputs, panel, sums),
-                6 => paired::<6>(x, stride, inputs, panel, sums),
-                7 => paired::<7>(x, stride, inputs, panel, sums),
-                8 => paired::<8>(x, stride, inputs, panel, sums),
-                9 => paired::<9>(x, stride, inputs, panel, sums),
-                10 => paired::<10>(x, stride, inputs, panel, sums),
-                11 => paired::<11>(x, stride, inputs, panel, sums),
-                12 => paired::<12>(x, stride, inputs, panel, sums),
-                13 => paired::<13>(x, stride, inputs, panel, sums),
-                _ => paired::<14>(x, stride, inputs, panel, sums),
+                1 => paired::<1>(x, stride, inputs, panel, ahead, sums),
+                2 => paired::<2>(x, stride, inputs, panel, ahead, sums),
+                3 => paired::<3>(x, stride, inputs, panel, ahead, sums),
+                4 => paired::<4>(x, stride, inputs, panel, ahead, sums),
+                5 => paired::<5>(x, stride, inputs, panel, ahead, sums),
+                6 => paired::<6>(x, stride, inputs, panel, ahead, sums),
+                7 => paired::<7>(x, stride, inputs, panel, ahead, sums),
+                8 => paired::<8>(x, stride, inputs, panel, ahead, sums),
+                9 => paired::<9>(x, stride, inputs, panel, ahead, sums),
+                10 => paired::<10>(x, stride, inputs, panel, ahead, sums),
+                11 => paired::<11>(x, stride, inputs, panel, ahead, sums),
+                12 => paired::<12>(x, stride, inputs, panel, ahead, sums),
+                13 => paired::<13>(x, stride, inputs, panel, ahead, sums),
+                _ => paired::<14>(x, stride, inputs, panel, ahead, sums),
             }
         }
     }
@@ -174,6 +256,12 @@ impl Form for Paired {
     unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
         // SAFETY: a machine with AVX-512 has AVX2.
         unsafe { transpose(rows, width, panel) }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+        // SAFETY: as above.
+        unsafe { interleave(rows, width, first, panel) }
     }
 }
 
@@ -187,26 +275,25 @@ unsafe fn paired<const R: usize>(
     stride: usize,
     inputs: usize,
     panel: &[Bf16],
+    ahead: Ahead,
     sums: &mut [[f32; PANEL]],
 ) {
     let x = x.as_ptr();
-    // SAFETY: rows of `sums` have 32 elements.
     let mut now: [[__m512; 2]; R] = std::array::from_fn(|r| {
+        // SAFETY: rows of `sums` have 32 elements.
         std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums[r].as_ptr().add(16 * v)) })
     });
     let mut weights = panel.as_ptr();
-    // SAFETY: (of all three closures) the panel has a whole row of 64 elements for each pair of inputs, and
-    // `weights` is at one of them; vectors of equal size are the same bits.
+    // SAFETY: the panel has a whole row of 64 elements for each pair of inputs, and `weights` is at one of them;
+    // vectors of equal size are the same bits.
     let load = |weights: *const Bf16, v: usize| unsafe {
         std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(weights.add(32 * v).cast()))
     };
+    // SAFETY: vectors of equal size are the same bits.
     let spread = |pair: i32| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair)) };
+    let mut ahead = ahead.over(inputs / 2);
     for pair in 0..inputs / 2 {
-        if R <= 4 {
-            for line in 0..2 {
-                _mm_prefetch::<_MM_HINT_T0>(weights.cast::<i8>().wrapping_add(AHEAD + 64 * line));
-            }
-        }
+        ahead.fetch_next();
         let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
         for r in 0..R {
             // SAFETY: both inputs are inside row `r`; the read asks for no alignment.
@@ -244,7 +331,7 @@ unsafe fn paired<const R: usize>(
 unsafe fn transpose(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
     let count = rows.len() / width;
     let pairs = width / 2;
-    if count != PANEL || width % 2 != 0 || pairs % 8 != 0 {
+    if count != PANEL || !width.is_multiple_of(2) || !pairs.is_multiple_of(8) {
         return scatter(rows, width, panel);
     }
     assert!(panel.len() >= PANEL * width, "a panel of {width} inputs in {} elements", panel.len());
@@ -277,6 +364,34 @@ unsafe fn transpose(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
                     _mm256_storeu_si256(to.add(((pair + i) * PANEL + first) * 2).cast(), low);
                     _mm256_storeu_si256(to.add(((pair + i + 4) * PANEL + first) * 2).cast(), high);
                 }
+            }
+        }
+    }
+}
+
+/// [`Form::panel_of_columns`]: the elements of two rows in turn.
+///
+/// # Safety
+/// The machine has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn interleave(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+    let count = rows.len() / width;
+    if count != PANEL || first + PANEL > width {
+        return gather(rows, width, first, panel);
+    }
+    assert!(panel.len() >= PANEL * PANEL, "32 rows in a panel of {}", panel.len());
+    let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    for row in (0..PANEL).step_by(2) {
+        for half in [0, PANEL / 2] {
+            // SAFETY: 16 elements from `first + half` on are in each of the 32 rows; so are 32 in the panel.
+            unsafe {
+                let at = from.add(row * width + first + half);
+                let one = _mm256_loadu_si256(at.cast());
+                let two = _mm256_loadu_si256(at.add(width).cast());
+                let (low, high) = (_mm256_unpacklo_epi16(one, two), _mm256_unpackhi_epi16(one, two));
+                let to = to.add(row * PANEL + 2 * half);
+                _mm256_storeu_si256(to.cast(), _mm256_permute2x128_si256::<0x20>(low, high));
+                _mm256_storeu_si256(to.add(16).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
             }
         }
     }
