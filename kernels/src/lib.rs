@@ -8,6 +8,7 @@
 //! the system's, in float64, and rounded to float32 afterwards.)
 
 mod cpu;
+pub mod limits;
 mod math;
 mod memory;
 mod philox;
