@@ -8,6 +8,7 @@
 //! for all queries of a task, which are some rows of one sequence and the heads that share a kv head.
 
 use std::any::Any;
+use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use super::form::{Ahead, Form, PANEL, panel_len};
@@ -302,7 +303,7 @@ fn span<F: Form>(
 ) {
     let width = job.pages.width;
     let begin = at * SPAN;
-    panels(job, job.sequences[block.first] as usize, kv_head, begin..block.reach.min(begin + SPAN), room);
+    panels(job, block, kv_head, begin..block.reach.min(begin + SPAN), room);
     let queries = room.queries.len() / width;
     let mut first = 0;
     while first < queries {
@@ -325,23 +326,46 @@ fn span<F: Form>(
 #[inline(always)]
 fn panels<F: Form>(
     job: &Attention<'_, F>,
-    sequence: usize,
+    block: &Block,
     kv_head: usize,
-    tokens: std::ops::Range<usize>,
+    tokens: Range<usize>,
     room: &mut Room<F>,
 ) {
+    let (sequence, reach) = (job.sequences[block.first] as usize, block.reach);
     let width = job.pages.width;
     let (key_len, value_len) = (panel_len::<F::Stored>(width), panel_len::<F::Stored>(SPAN));
     for (at, position) in tokens.clone().step_by(PANEL).enumerate() {
         let count = PANEL.min(tokens.end - position);
         // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
         let (keys, values) = unsafe { job.pages.rows(sequence, position, kv_head, count) };
+        // What comes next is fetched meanwhile, also that of the next span.
+        let next = position + PANEL;
+        // SAFETY: as above.
+        let (next_keys, next_values) = unsafe {
+            job.pages.rows(sequence, next.min(reach - 1), kv_head, PANEL.min(reach.saturating_sub(next)))
+        };
         // SAFETY: a form is used with its instruction set.
-        unsafe { F::panel_of_rows(keys, width, &mut room.keys[at * key_len..][..key_len]) };
+        unsafe {
+            F::panel_of_rows(
+                keys,
+                width,
+                Ahead::share(next_keys, 0, 1),
+                &mut room.keys[at * key_len..][..key_len],
+            )
+        };
+        let parts = width.div_ceil(PANEL);
         for (dimensions, panel) in room.values.chunks_exact_mut(value_len).enumerate() {
             let panel = &mut panel[at * PANEL * PANEL..][..PANEL * PANEL];
             // SAFETY: as above.
-            unsafe { F::panel_of_columns(values, width, dimensions * PANEL, panel) };
+            unsafe {
+                F::panel_of_columns(
+                    values,
+                    width,
+                    dimensions * PANEL,
+                    Ahead::share(next_values, dimensions, parts),
+                    panel,
+                )
+            };
         }
     }
 }
@@ -351,7 +375,7 @@ fn panels<F: Form>(
 fn tile<F: Form>(
     job: &Attention<'_, F>,
     room: &mut Room<F>,
-    queries: std::ops::Range<usize>,
+    queries: Range<usize>,
     tokens: usize,
     seen: impl Fn(usize) -> usize,
 ) {

@@ -61,14 +61,20 @@ pub(super) trait Form: Send + Sync + 'static {
     ///
     /// # Safety
     /// The machine has the form's instructions.
-    unsafe fn panel_of_rows(rows: &[Self::Stored], width: usize, panel: &mut [Self::Stored]);
+    unsafe fn panel_of_rows(rows: &[Self::Stored], width: usize, ahead: Ahead, panel: &mut [Self::Stored]);
 
     /// Makes outputs `first..first + 32` of a panel of up to 32 rows of `width` elements: they are its inputs.
     /// Outputs beyond the width and missing rows are set to zero.
     ///
     /// # Safety
     /// The machine has the form's instructions.
-    unsafe fn panel_of_columns(rows: &[Self::Stored], width: usize, first: usize, panel: &mut [Self::Stored]);
+    unsafe fn panel_of_columns(
+        rows: &[Self::Stored],
+        width: usize,
+        first: usize,
+        ahead: Ahead,
+        panel: &mut [Self::Stored],
+    );
 }
 
 /// Cache lines to fetch while something else is multiplied: memory answers late, and the machine's own prefetching
@@ -90,6 +96,13 @@ const AHEAD_BYTES: usize = 6144;
 impl Ahead {
     /// Nothing.
     pub(super) const NONE: Ahead = Ahead { next: std::ptr::null(), lines: 0, turns: 1, credit: 0 };
+
+    /// The share `part` of `parts` of something.
+    pub(super) fn share<T>(of: &[T], part: usize, parts: usize) -> Ahead {
+        let lines = size_of_val(of) / LINE;
+        let (begin, end) = (lines * part / parts, lines * (part + 1) / parts);
+        Ahead { next: of.as_ptr().cast::<u8>().wrapping_add(begin * LINE), lines: end - begin, ..Ahead::NONE }
+    }
 
     /// What a single pass over `panel` will come to soon.
     pub(super) fn soon<T>(panel: &[T]) -> Ahead {
@@ -117,21 +130,19 @@ impl Ahead {
         Ahead { turns: turns.max(1), ..self }
     }
 
-    /// Fetches one turn's share, at most two lines.
+    /// Fetches one turn's share.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
     fn fetch_next(&mut self) {
         self.credit += self.lines;
-        for _ in 0..2 {
-            if self.credit >= self.turns {
-                self.credit -= self.turns;
-                // A hint: an address that is not mapped does nothing.
-                // SAFETY: every x86-64 has the instruction, and it reads nothing.
-                unsafe {
-                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.next.cast());
-                }
-                self.next = self.next.wrapping_add(LINE);
+        while self.credit >= self.turns {
+            self.credit -= self.turns;
+            // A hint: an address that is not mapped does nothing.
+            // SAFETY: every x86-64 has the instruction, and it reads nothing.
+            unsafe {
+                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.next.cast());
             }
+            self.next = self.next.wrapping_add(LINE);
         }
     }
 }
@@ -194,12 +205,12 @@ impl Form for Exact {
     }
 
     #[inline(always)]
-    unsafe fn panel_of_rows(rows: &[f32], width: usize, panel: &mut [f32]) {
+    unsafe fn panel_of_rows(rows: &[f32], width: usize, _: Ahead, panel: &mut [f32]) {
         scatter(rows, width, panel);
     }
 
     #[inline(always)]
-    unsafe fn panel_of_columns(rows: &[f32], width: usize, first: usize, panel: &mut [f32]) {
+    unsafe fn panel_of_columns(rows: &[f32], width: usize, first: usize, _: Ahead, panel: &mut [f32]) {
         gather(rows, width, first, panel);
     }
 }
@@ -260,12 +271,12 @@ impl Form for Widened {
     }
 
     #[inline(always)]
-    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, _: Ahead, panel: &mut [Bf16]) {
         scatter(rows, width, panel);
     }
 
     #[inline(always)]
-    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, _: Ahead, panel: &mut [Bf16]) {
         gather(rows, width, first, panel);
     }
 }
@@ -356,8 +367,8 @@ mod tests {
         let mut of_columns = vec![Bf16(9); PANEL * PANEL];
         // SAFETY: called for forms whose instructions are there.
         unsafe {
-            F::panel_of_rows(rows, width, &mut of_rows);
-            F::panel_of_columns(rows, width, (width - 1) / PANEL * PANEL, &mut of_columns);
+            F::panel_of_rows(rows, width, Ahead::NONE, &mut of_rows);
+            F::panel_of_columns(rows, width, (width - 1) / PANEL * PANEL, Ahead::NONE, &mut of_columns);
         }
         [of_rows, of_columns]
     }

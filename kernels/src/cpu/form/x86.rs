@@ -65,15 +65,15 @@ impl Form for Fused {
     }
 
     #[inline(always)]
-    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
         // SAFETY: the caller has the instructions.
-        unsafe { transpose(rows, width, panel) }
+        unsafe { transpose(rows, width, ahead, panel) }
     }
 
     #[inline(always)]
-    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
         // SAFETY: the caller has the instructions.
-        unsafe { interleave(rows, width, first, panel) }
+        unsafe { interleave(rows, width, first, ahead, panel) }
     }
 }
 
@@ -253,15 +253,15 @@ impl Form for Paired {
     }
 
     #[inline(always)]
-    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
         // SAFETY: a machine with AVX-512 has AVX2.
-        unsafe { transpose(rows, width, panel) }
+        unsafe { transpose(rows, width, ahead, panel) }
     }
 
     #[inline(always)]
-    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
         // SAFETY: as above.
-        unsafe { interleave(rows, width, first, panel) }
+        unsafe { interleave(rows, width, first, ahead, panel) }
     }
 }
 
@@ -328,7 +328,7 @@ unsafe fn paired<const R: usize>(
 /// # Safety
 /// The machine has AVX2.
 #[target_feature(enable = "avx2")]
-unsafe fn transpose(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
+unsafe fn transpose(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
     let count = rows.len() / width;
     let pairs = width / 2;
     if count != PANEL || !width.is_multiple_of(2) || !pairs.is_multiple_of(8) {
@@ -336,8 +336,10 @@ unsafe fn transpose(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
     }
     assert!(panel.len() >= PANEL * width, "a panel of {width} inputs in {} elements", panel.len());
     let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    let mut ahead = ahead.over(PANEL / 8 * (pairs / 8));
     for first in (0..PANEL).step_by(8) {
         for pair in (0..pairs).step_by(8) {
+            ahead.fetch_next();
             // SAFETY: rows `first..first + 8` and pairs `pair..pair + 8` exist: both counts are multiples of 8.
             let row: [__m256i; 8] = std::array::from_fn(|i| unsafe {
                 _mm256_loadu_si256(from.add((first + i) * width + 2 * pair).cast())
@@ -374,14 +376,16 @@ unsafe fn transpose(rows: &[Bf16], width: usize, panel: &mut [Bf16]) {
 /// # Safety
 /// The machine has AVX2.
 #[target_feature(enable = "avx2")]
-unsafe fn interleave(rows: &[Bf16], width: usize, first: usize, panel: &mut [Bf16]) {
+unsafe fn interleave(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
     let count = rows.len() / width;
     if count != PANEL || first + PANEL > width {
         return gather(rows, width, first, panel);
     }
     assert!(panel.len() >= PANEL * PANEL, "32 rows in a panel of {}", panel.len());
     let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    let mut ahead = ahead.over(PANEL / 2);
     for row in (0..PANEL).step_by(2) {
+        ahead.fetch_next();
         for half in [0, PANEL / 2] {
             // SAFETY: 16 elements from `first + half` on are in each of the 32 rows; so are 32 in the panel.
             unsafe {
