@@ -1,5 +1,5 @@
-//! Every operation of the CPU against its plain twin, on odd shapes; and the promise that bits do not depend on
-//! the instruction set, the number of threads or the other rows.
+//! Every operation of the CPU against its plain twin, on odd shapes; and the promise that within a numerics class bits
+//! do not depend on the number of threads or the other rows.
 
 mod bench;
 
