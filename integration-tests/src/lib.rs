@@ -6,7 +6,6 @@ pub mod checkpoints;
 pub mod client;
 pub mod cluster;
 pub mod processes;
-pub mod random_checkpoint;
 pub mod skip;
 pub mod wire;
 

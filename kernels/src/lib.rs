@@ -2,12 +2,13 @@
 //!
 //! Never knows: models, sequences, the network. Only the engine names this crate.
 //!
-//! Always holds: an operation gives a row the same bits whatever other rows are in the call, however many threads
-//! share the work and whichever instruction set was chosen. Every sum has one order, products are never fused
-//! with additions, and `exp` is computed here instead of by the system's library. (Sine, cosine and logarithm are
-//! the system's, in float64, and rounded to float32 afterwards.)
+//! Always holds: an operation gives a row the same bits whatever other rows are in the call and however many threads
+//! share the work; in float32 also whichever instruction set was chosen, while products of bf16 have a form on each.
+//! Every sum has one order, and `exp` is computed here instead of by the system's library. (Sine, cosine and logarithm
+//! are the system's, in float64, and rounded to float32 afterwards.)
 
 mod cpu;
+pub mod limits;
 mod math;
 mod memory;
 mod philox;

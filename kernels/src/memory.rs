@@ -128,6 +128,11 @@ impl<T> Shared<T> {
         Shared { pointer: pointer(buffer), len: buffer.len() }
     }
 
+    /// All of a slice. Whoever makes it keeps the slice alive and untouched as long as it is used.
+    pub(crate) fn over(slice: &mut [T]) -> Shared<T> {
+        Shared { pointer: slice.as_mut_ptr(), len: slice.len() }
+    }
+
     /// `len` elements from `first` on.
     ///
     /// # Safety

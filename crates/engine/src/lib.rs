@@ -22,6 +22,8 @@ use tandem_types::{KvForm, KvIdentity, Time};
 mod decoder;
 mod estimate;
 pub mod fake;
+#[cfg(feature = "bench")]
+pub mod random_checkpoint;
 mod runner;
 mod slots;
 mod step;

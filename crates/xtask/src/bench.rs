@@ -42,6 +42,16 @@ const BENCHES: &[Bench] = &[
         ],
     },
     Bench {
+        name: "engine",
+        what: "tokens per second of the engine on a random checkpoint of Qwen3-0.6B's shape, and what share of\n           \
+               the machine's limits that is (--threads N, --rounds N, --only TEXT, --quick)",
+        parts: &[Part {
+            name: "speed",
+            build: &["--package=tandem-engine", "--bin=engine-bench", "--features=tandem-engine/bench"],
+            program: "engine-bench",
+        }],
+    },
+    Bench {
         name: "roles",
         what: "goodput of a live cluster under a load that turns, with and without placement by cost and the\n           \
                role planner (--slo TARGETS, --quick, --rounds N, --json FILE)",
@@ -140,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_wrong_bench_names_the_right_ones() {
-        assert_eq!(chosen_by("").unwrap_err(), "which bench?: it is one of transfer, roles, gateway");
+        assert_eq!(chosen_by("").unwrap_err(), "which bench?: it is one of transfer, engine, roles, gateway");
         assert!(chosen_by("speed").unwrap_err().contains("no bench `speed`: it is one of transfer"));
         assert!(chosen_by("transfer --part x").unwrap_err().contains("transports, exposed"));
         assert!(chosen_by("transfer --json out").unwrap_err().contains("--part"));

@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_chassis::seam;
-use tandem_integration_tests::{Client, ProcessCluster, metric, random_checkpoint};
+use tandem_engine::random_checkpoint;
+use tandem_integration_tests::{Client, ProcessCluster, metric};
 
 const HELP: &str =
     "exposed-transfer [--transport NAME] [--prompt-tokens N,N,...] [--rounds N] [--quick] [--json FILE]";

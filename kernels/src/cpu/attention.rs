@@ -1,146 +1,503 @@
-//! Attention over paged KV.
+//! Attention over paged KV, built on the tile of [`super::form`].
 //!
-//! Positions are cut into spans of [`SPAN`] tokens from 0 on. For each span a row makes a partial result (highest
+//! Positions are cut into spans of [`SPAN`] tokens from 0 on. Of each span a query makes a partial result (highest
 //! score, sum of exponentials, weighted sum of values) from that span alone; partials are merged in order. So a
-//! row's bits depend on its position and the KV, never on how rows were grouped, and later spans of a long
-//! context can be given to several threads without changing a bit.
+//! row's bits depend on its position and the KV, never on how rows were grouped or spans were shared out.
+//!
+//! A span's keys become panels whose outputs are tokens, its values panels whose outputs are dimensions: both once
+//! for all queries of a task, which are some rows of one sequence and the heads that share a kv head.
 
-use tandem_device::HEAD_WIDTH_MAX;
+use std::any::Any;
+use std::ops::Range;
+use std::sync::{Mutex, PoisonError};
 
+use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
 use super::pages::Pages;
 use crate::math::{self, LANES};
 use crate::memory::Shared;
 use crate::scalar::Scalar;
 
-/// Tokens of a partial result: a multiple of every page size.
-pub(super) const SPAN: usize = 256;
+/// Tokens of a partial result.
+const SPAN: usize = 256;
+/// Queries of a task, so that making panels is little beside using them.
+const QUERIES: usize = 96;
+/// What making panels costs, in queries.
+const PANELS_COST: usize = 8;
+/// A share this much above the even one is worth splitting contexts for.
+const UNEVEN: f64 = 1.1;
 
-pub(super) struct Attention<'a, T> {
-    pub(super) queries: &'a [T],
+pub(super) struct Attention<'a, F: Form> {
+    pub(super) queries: &'a [F::Stored],
     pub(super) positions: &'a [u32],
-    pub(super) sequences: &'a [u32],
     pub(super) heads: usize,
     pub(super) scale: f32,
-    pub(super) pages: Pages<'a, T>,
-    pub(super) to: Shared<T>,
+    pub(super) sequences: &'a [u32],
+    pub(super) pages: Pages<'a, F::Stored>,
+    pub(super) plan: &'a Plan,
+    /// One for each part.
+    pub(super) rooms: &'a [Mutex<Room<F>>],
+    /// Where partial results of a plan that splits contexts go, `plan.partials` of them.
+    pub(super) partials: Shared<f32>,
+    pub(super) to: Shared<F::Stored>,
+}
+
+/// Who computes what.
+pub(super) struct Plan {
+    blocks: Vec<Block>,
+    tasks: Vec<Task>,
+    /// Partial results to be merged afterwards: 0 if contexts are not split.
+    pub(super) partials: usize,
+}
+
+/// Rows of one sequence, which share panels.
+struct Block {
+    first: usize,
+    rows: usize,
+    /// Tokens that its last row sees.
+    reach: usize,
+    /// The first partial result of kv head 0, if contexts are split: `[kv head][span][query]`.
+    partial: usize,
+}
+
+struct Task {
+    block: usize,
+    kv_head: usize,
+    /// One span; without, all of them.
+    span: Option<usize>,
+    part: usize,
+}
+
+impl Block {
+    fn spans(&self) -> usize {
+        self.reach.div_ceil(SPAN)
+    }
+}
+
+impl Plan {
+    /// Shares rows out to `parts`. Whole contexts where that is even enough, else span by span.
+    pub(super) fn new(
+        positions: &[u32],
+        sequences: &[u32],
+        group: usize,
+        kv_heads: usize,
+        parts: usize,
+    ) -> Plan {
+        let rows_max = (QUERIES / group).max(1);
+        let mut blocks: Vec<Block> = Vec::new();
+        for (row, position) in positions.iter().enumerate() {
+            let reach = *position as usize + 1;
+            match blocks.last_mut() {
+                Some(block) if block.rows < rows_max && sequences[block.first] == sequences[row] => {
+                    block.rows += 1;
+                    block.reach = block.reach.max(reach);
+                }
+                _ => blocks.push(Block { first: row, rows: 1, reach, partial: 0 }),
+            }
+        }
+        let whole = |block: &Block| std::iter::once((None, block.reach)).collect::<Vec<_>>();
+        let (tasks, share) = share_out(&blocks, group, kv_heads, parts, whole);
+        if share < UNEVEN || blocks.iter().all(|block| block.spans() == 1) {
+            return Plan { blocks, tasks, partials: 0 };
+        }
+        let by_span = |block: &Block| -> Vec<_> {
+            (0..block.spans()).map(|span| (Some(span), SPAN.min(block.reach - span * SPAN))).collect()
+        };
+        let (tasks, _) = share_out(&blocks, group, kv_heads, parts, by_span);
+        let mut partials = 0;
+        for block in &mut blocks {
+            block.partial = partials;
+            partials += kv_heads * block.spans() * block.rows * group;
+        }
+        Plan { blocks, tasks, partials }
+    }
+}
+
+/// Gives each task to the part that has least; also how much the most loaded part has, the even share being 1.
+fn share_out(
+    blocks: &[Block],
+    group: usize,
+    kv_heads: usize,
+    parts: usize,
+    pieces: impl Fn(&Block) -> Vec<(Option<usize>, usize)>,
+) -> (Vec<Task>, f64) {
+    let mut loads = vec![0; parts];
+    let mut tasks = Vec::new();
+    // Backwards: of a long prompt the later rows see more and are better given out first.
+    for (at, block) in blocks.iter().enumerate().rev() {
+        for (span, tokens) in pieces(block) {
+            for kv_head in 0..kv_heads {
+                let part = (0..parts).min_by_key(|part| loads[*part]).expect("there are parts");
+                loads[part] += tokens * (block.rows * group + PANELS_COST);
+                tasks.push(Task { block: at, kv_head, span, part });
+            }
+        }
+    }
+    let most = loads.iter().max().copied().unwrap_or(0);
+    let all: usize = loads.iter().sum();
+    (tasks, most as f64 * parts as f64 / all.max(1) as f64)
+}
+
+/// A part's own memory, kept from call to call.
+pub(super) struct Room<F: Form> {
+    queries: Vec<F::Input>,
+    /// `[32 tokens][panel]`.
+    keys: Vec<F::Stored>,
+    /// `[32 dimensions][panel]`.
+    values: Vec<F::Stored>,
+    /// `[query of a tile][token]`.
+    scores: Vec<f32>,
+    /// The same, as they are multiplied with values.
+    weights: Vec<F::Input>,
+    /// Partial results of a tile's queries: highest score, sum, values.
+    tile: Vec<f32>,
+    /// What is known of the task's queries after some spans.
+    totals: Vec<f32>,
+}
+
+impl<F: Form> Room<F> {
+    pub(super) fn new() -> Room<F> {
+        Room {
+            queries: Vec::new(),
+            keys: Vec::new(),
+            values: Vec::new(),
+            scores: vec![0.0; F::ROWS * SPAN],
+            weights: vec![F::Input::store(0.0); F::ROWS * SPAN],
+            tile: Vec::new(),
+            totals: Vec::new(),
+        }
+    }
+
+    fn fit(&mut self, queries: usize, width: usize) {
+        let zero = F::Stored::store(0.0);
+        self.queries.resize(queries * width, F::Input::store(0.0));
+        self.keys.resize(SPAN / PANEL * panel_len::<F::Stored>(width), zero);
+        self.values.resize(width.div_ceil(PANEL) * panel_len::<F::Stored>(SPAN), zero);
+        self.tile.resize(F::ROWS * partial_len(width), 0.0);
+        self.totals.resize(queries * partial_len(width), 0.0);
+    }
+}
+
+/// The rooms of all parts, for the form that a stream uses.
+pub(super) struct Rooms {
+    parts: usize,
+    rooms: Box<dyn Any + Send>,
+}
+
+impl Rooms {
+    pub(super) fn new(parts: usize) -> Rooms {
+        Rooms { parts, rooms: Box::new(()) }
+    }
+
+    pub(super) fn parts(&self) -> usize {
+        self.parts
+    }
+
+    /// A stream that changes to another form gets new ones.
+    pub(super) fn of<F: Form>(&mut self) -> &[Mutex<Room<F>>] {
+        if !self.rooms.is::<Vec<Mutex<Room<F>>>>() {
+            let rooms: Vec<Mutex<Room<F>>> = (0..self.parts).map(|_| Mutex::new(Room::new())).collect();
+            self.rooms = Box::new(rooms);
+        }
+        self.rooms.downcast_ref::<Vec<Mutex<Room<F>>>>().expect("of this form, as just made sure")
+    }
+}
+
+/// Numbers of a partial result: highest score, sum, values.
+pub(super) fn partial_len(width: usize) -> usize {
+    width + 2
 }
 
 kernel!(
-    /// Attention of every `parts`-th pair of row and head.
-    attention, body, Attention<T>
+    /// Computes the tasks of part `part`, or all if there is one part only.
+    attention, body, Attention<F: Form>
 );
 
-/// What is known after some spans.
-struct Partial {
-    highest: f32,
-    sum: f32,
-    values: [f32; HEAD_WIDTH_MAX],
-}
-
 #[inline(always)]
-fn body<T: Scalar>(job: &Attention<'_, T>, part: usize, parts: usize) {
+fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
     let width = job.pages.width;
-    let mut query = [0.0; HEAD_WIDTH_MAX];
-    for task in (part..job.positions.len() * job.heads).step_by(parts) {
-        let (row, head) = (task / job.heads, task % job.heads);
-        let first = task * width;
-        for i in 0..width {
-            query[i] = job.queries[first + i].load() * job.scale;
-        }
-        let tokens = job.positions[row] as usize + 1;
-        let mut total = span(job, row, head, &query[..width], 0, SPAN.min(tokens));
-        let mut begin = SPAN;
-        while begin < tokens {
-            let next = span(job, row, head, &query[..width], begin, tokens.min(begin + SPAN));
-            merge(&mut total, &next, width);
-            begin += SPAN;
-        }
-        // SAFETY: each pair of row and head belongs to one part.
-        let to = unsafe { job.to.part(first, width) };
-        for i in 0..width {
-            to[i] = T::store(total.values[i] / total.sum);
-        }
-    }
-}
-
-/// The partial result of positions `begin..end`, at most a span of them.
-#[inline(always)]
-fn span<T: Scalar>(
-    job: &Attention<'_, T>,
-    row: usize,
-    head: usize,
-    query: &[f32],
-    begin: usize,
-    end: usize,
-) -> Partial {
-    let (pages, width) = (&job.pages, query.len());
-    let sequence = job.sequences[row] as usize;
-    let kv_head = head / (job.heads / pages.heads);
-    let mut scores = [f32::NEG_INFINITY; SPAN];
-    let mut at = begin;
-    while at < end {
-        let tokens = pages.tokens.min(end - at);
-        // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
-        let (keys, _) = unsafe { pages.rows(sequence, at / pages.tokens, kv_head, tokens) };
-        for (score, key) in scores[at - begin..].iter_mut().zip(keys.chunks_exact(width)) {
-            *score = dot(query, key);
-        }
-        at += tokens;
-    }
-    let mut highest = f32::NEG_INFINITY;
-    let used = &mut scores[..(end - begin).next_multiple_of(LANES)];
-    for score in used.iter().copied() {
-        highest = if score > highest { score } else { highest };
-    }
-    // Places beyond `end` hold negative infinity, whose exponential is exactly 0.
-    let mut lanes = [0.0; LANES];
-    for chunk in used.chunks_exact_mut(LANES) {
-        for i in 0..LANES {
-            chunk[i] = math::exp(chunk[i] - highest);
-            lanes[i] += chunk[i];
-        }
-    }
-    let mut partial = Partial { highest, sum: math::fold(lanes), values: [0.0; HEAD_WIDTH_MAX] };
-    let values = &mut partial.values[..width];
-    let mut at = begin;
-    while at < end {
-        let tokens = pages.tokens.min(end - at);
-        // SAFETY: as above.
-        let (_, rows) = unsafe { pages.rows(sequence, at / pages.tokens, kv_head, tokens) };
-        for (weight, value) in scores[at - begin..].iter().zip(rows.chunks_exact(width)) {
-            for i in 0..width {
-                values[i] += weight * value[i].load();
+    let len = partial_len(width);
+    // A part that panicked left nothing that the next call reads.
+    let mut room = job.rooms[part].lock().unwrap_or_else(PoisonError::into_inner);
+    let room = &mut *room;
+    for task in job.plan.tasks.iter().filter(|task| parts == 1 || task.part == part) {
+        let block = &job.plan.blocks[task.block];
+        let group = job.heads / job.pages.heads;
+        let queries = block.rows * group;
+        room.fit(queries, width);
+        for (query, to) in room.queries.chunks_exact_mut(width).enumerate() {
+            let from = &job.queries[at_query(job, block, task.kv_head, query)..][..width];
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = F::Input::store(from.load());
             }
         }
-        at += tokens;
+        if let Some(at) = task.span {
+            let first = block.partial + (task.kv_head * block.spans() + at) * queries;
+            // SAFETY: these partial results belong to this task alone.
+            let partials = unsafe { job.partials.part(first * len, queries * len) };
+            span(job, block, task.kv_head, at, room, |query, partial| {
+                partials[query * len..][..len].copy_from_slice(partial);
+            });
+            continue;
+        }
+        let mut totals = std::mem::take(&mut room.totals);
+        for at in 0..block.spans() {
+            span(job, block, task.kv_head, at, room, |query, partial| {
+                merge(&mut totals[query * len..][..len], partial, at == 0);
+            });
+        }
+        for (query, total) in totals.chunks_exact(len).enumerate() {
+            finish(job, block, task.kv_head, query, total);
+        }
+        room.totals = totals;
     }
-    partial
 }
 
-#[inline(always)]
-fn merge(total: &mut Partial, next: &Partial, width: usize) {
-    let highest = if next.highest > total.highest { next.highest } else { total.highest };
-    let ours = math::exp(total.highest - highest);
-    let theirs = math::exp(next.highest - highest);
-    total.highest = highest;
-    total.sum = total.sum * ours + next.sum * theirs;
-    for i in 0..width {
-        total.values[i] = total.values[i] * ours + next.values[i] * theirs;
-    }
-}
+kernel!(
+    /// After `attention` under a plan that splits contexts: merges the partial results of every `parts`-th query.
+    merge_spans, merge_spans_body, Attention<F: Form>
+);
 
 #[inline(always)]
-fn dot<T: Scalar>(query: &[f32], key: &[T]) -> f32 {
-    let mut lanes = [0.0; LANES];
-    let whole = query.len() / LANES * LANES;
-    for (query, key) in query[..whole].chunks_exact(LANES).zip(key[..whole].chunks_exact(LANES)) {
-        for i in 0..LANES {
-            lanes[i] += query[i] * key[i].load();
+fn merge_spans_body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
+    let len = partial_len(job.pages.width);
+    let group = job.heads / job.pages.heads;
+    let mut total = vec![0.0; len];
+    for block in &job.plan.blocks {
+        let queries = block.rows * group;
+        for task in (part..job.pages.heads * queries).step_by(parts) {
+            let (kv_head, query) = (task / queries, task % queries);
+            for at in 0..reach(job, block, query).div_ceil(SPAN) {
+                let first = block.partial + (kv_head * block.spans() + at) * queries + query;
+                // SAFETY: partial results are complete and nothing writes them now.
+                let partial = unsafe { job.partials.read(first * len, len) };
+                merge(&mut total, partial, at == 0);
+            }
+            finish(job, block, kv_head, query, &total);
         }
     }
-    for i in whole..query.len() {
-        lanes[i - whole] += query[i] * key[i].load();
+}
+
+/// Tokens that a query sees.
+#[inline(always)]
+fn reach<F: Form>(job: &Attention<'_, F>, block: &Block, query: usize) -> usize {
+    job.positions[block.first + query / (job.heads / job.pages.heads)] as usize + 1
+}
+
+/// The first element of a query, and of its result: queries are the heads of a row, then those of the next.
+#[inline(always)]
+fn at_query<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, query: usize) -> usize {
+    let group = job.heads / job.pages.heads;
+    ((block.first + query / group) * job.heads + kv_head * group + query % group) * job.pages.width
+}
+
+/// The partial results of span `at`, of every query that sees some of it.
+#[inline(always)]
+fn span<F: Form>(
+    job: &Attention<'_, F>,
+    block: &Block,
+    kv_head: usize,
+    at: usize,
+    room: &mut Room<F>,
+    mut take: impl FnMut(usize, &[f32]),
+) {
+    let width = job.pages.width;
+    let begin = at * SPAN;
+    panels(job, block, kv_head, begin..block.reach.min(begin + SPAN), room);
+    let queries = room.queries.len() / width;
+    let mut first = 0;
+    while first < queries {
+        let rows = F::rows_next(queries - first);
+        let seen = |query: usize| reach(job, block, query).clamp(begin, begin + SPAN) - begin;
+        let tokens = (first..first + rows).map(seen).max().expect("a tile has rows");
+        if tokens > 0 {
+            tile(job, room, first..first + rows, tokens, seen);
+            for (r, partial) in room.tile.chunks_exact(partial_len(width)).take(rows).enumerate() {
+                if seen(first + r) > 0 {
+                    take(first + r, partial);
+                }
+            }
+        }
+        first += rows;
     }
-    math::fold(lanes)
+}
+
+/// Makes panels of the keys and values of some tokens. Beyond the last one values are zero and keys anything.
+#[inline(always)]
+fn panels<F: Form>(
+    job: &Attention<'_, F>,
+    block: &Block,
+    kv_head: usize,
+    tokens: Range<usize>,
+    room: &mut Room<F>,
+) {
+    let (sequence, reach) = (job.sequences[block.first] as usize, block.reach);
+    let width = job.pages.width;
+    let (key_len, value_len) = (panel_len::<F::Stored>(width), panel_len::<F::Stored>(SPAN));
+    for (at, position) in tokens.clone().step_by(PANEL).enumerate() {
+        let count = PANEL.min(tokens.end - position);
+        // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
+        let (keys, values) = unsafe { job.pages.rows(sequence, position, kv_head, count) };
+        // What comes next is fetched meanwhile, also that of the next span.
+        let next = position + PANEL;
+        // SAFETY: as above.
+        let (next_keys, next_values) = unsafe {
+            job.pages.rows(sequence, next.min(reach - 1), kv_head, PANEL.min(reach.saturating_sub(next)))
+        };
+        // SAFETY: a form is used with its instruction set.
+        unsafe {
+            F::panel_of_rows(
+                keys,
+                width,
+                Ahead::share(next_keys, 0, 1),
+                &mut room.keys[at * key_len..][..key_len],
+            )
+        };
+        let parts = width.div_ceil(PANEL);
+        for (dimensions, panel) in room.values.chunks_exact_mut(value_len).enumerate() {
+            let panel = &mut panel[at * PANEL * PANEL..][..PANEL * PANEL];
+            // SAFETY: as above.
+            unsafe {
+                F::panel_of_columns(
+                    values,
+                    width,
+                    dimensions * PANEL,
+                    Ahead::share(next_values, dimensions, parts),
+                    panel,
+                )
+            };
+        }
+    }
+}
+
+/// The partial results of a tile of queries, of which at least one sees `tokens` of the span and none more.
+#[inline(always)]
+fn tile<F: Form>(
+    job: &Attention<'_, F>,
+    room: &mut Room<F>,
+    queries: Range<usize>,
+    tokens: usize,
+    seen: impl Fn(usize) -> usize,
+) {
+    let width = job.pages.width;
+    let rows = queries.len();
+    let mut sums = [[0.0; PANEL]; ROWS_MAX];
+    let x = &room.queries[queries.start * width..];
+    let blocks = tokens.div_ceil(PANEL);
+    let used = blocks * PANEL;
+    for (at, panel) in room.keys.chunks_exact(panel_len::<F::Stored>(width)).take(blocks).enumerate() {
+        let sums = &mut sums[..rows];
+        sums.fill([0.0; PANEL]);
+        // SAFETY: a form is used with its instruction set; `tile` checks the rest.
+        unsafe { F::tile(x, width, width, panel, Ahead::NONE, sums) };
+        for (r, sums) in sums.iter().enumerate() {
+            let scores = &mut room.scores[r * SPAN + at * PANEL..][..PANEL];
+            for j in 0..PANEL {
+                scores[j] = sums[j] * job.scale;
+            }
+        }
+    }
+    for r in 0..rows {
+        let scores = &mut room.scores[r * SPAN..][..used];
+        let weights = &mut room.weights[r * SPAN..][..used];
+        let (highest, sum) = soften::<F>(scores, seen(queries.start + r), weights);
+        let partial = &mut room.tile[r * partial_len(width)..];
+        (partial[0], partial[1]) = (highest, sum);
+    }
+    // Tokens that a query does not see weigh exactly nothing, and their values are finite as long as the sequence is.
+    for (at, panel) in room.values.chunks_exact(panel_len::<F::Stored>(SPAN)).enumerate() {
+        let sums = &mut sums[..rows];
+        sums.fill([0.0; PANEL]);
+        // SAFETY: as above.
+        unsafe { F::tile(&room.weights, SPAN, used, panel, Ahead::NONE, sums) };
+        let lanes = PANEL.min(width - at * PANEL);
+        for (r, sums) in sums.iter().enumerate() {
+            let first = r * partial_len(width) + 2 + at * PANEL;
+            room.tile[first..first + lanes].copy_from_slice(&sums[..lanes]);
+        }
+    }
+}
+
+/// No form has more rows in a tile.
+const ROWS_MAX: usize = 14;
+
+/// From the first `seen` scores to weights relative to the highest; the others weigh nothing. Also the highest score
+/// and the sum of the weights.
+#[inline(always)]
+fn soften<F: Form>(scores: &mut [f32], seen: usize, weights: &mut [F::Input]) -> (f32, f32) {
+    scores[seen..].fill(f32::NEG_INFINITY);
+    let mut highs = [f32::NEG_INFINITY; LANES];
+    for chunk in scores.chunks_exact(LANES) {
+        for i in 0..LANES {
+            highs[i] = if chunk[i] > highs[i] { chunk[i] } else { highs[i] };
+        }
+    }
+    let highest = highs.iter().fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
+    let mut lanes = [0.0; LANES];
+    for (scores, weights) in scores.chunks_exact(LANES).zip(weights.chunks_exact_mut(LANES)) {
+        for i in 0..LANES {
+            // The exponential of negative infinity is exactly 0.
+            weights[i] = F::Input::store(math::exp(scores[i] - highest));
+            lanes[i] += weights[i].load();
+        }
+    }
+    (highest, math::fold(lanes))
+}
+
+/// Merges a partial result into what is known of earlier spans.
+#[inline(always)]
+fn merge(total: &mut [f32], next: &[f32], first: bool) {
+    if first {
+        return total.copy_from_slice(next);
+    }
+    let highest = if next[0] > total[0] { next[0] } else { total[0] };
+    let ours = math::exp(total[0] - highest);
+    let theirs = math::exp(next[0] - highest);
+    total[0] = highest;
+    for (total, next) in total[1..].iter_mut().zip(&next[1..]) {
+        *total = *total * ours + next * theirs;
+    }
+}
+
+#[inline(always)]
+fn finish<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, query: usize, total: &[f32]) {
+    let width = job.pages.width;
+    // SAFETY: each query belongs to one task of one part.
+    let to = unsafe { job.to.part(at_query(job, block, kv_head, query), width) };
+    for (to, value) in to.iter_mut().zip(&total[2..]) {
+        // Adding zero makes a negative zero, which unseen tokens might have left, positive.
+        *to = F::Stored::store(value / total[1] + 0.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contexts_are_split_only_where_whole_ones_cannot_be_shared_out_evenly() {
+        let plan = |positions: &[u32], parts| Plan::new(positions, &vec![0; positions.len()], 2, 8, parts);
+        assert_eq!(plan(&[2047], 1).partials, 0);
+        assert_eq!(plan(&[2047], 2).partials, 0);
+        assert_eq!(plan(&[2047], 3).partials, 8 * 8 * 2);
+        assert_eq!(plan(&[100], 3).partials, 0, "one span cannot be split");
+    }
+
+    #[test]
+    fn every_query_of_every_span_belongs_to_one_task() {
+        let positions: Vec<u32> = (700..900).chain([3]).chain(200..300).collect();
+        let sequences: Vec<u32> = [vec![0; 200], vec![1; 1], vec![2; 100]].concat();
+        for parts in [1, 2, 3, 16] {
+            let plan = Plan::new(&positions, &sequences, 4, 2, parts);
+            let mut rows = vec![0; positions.len()];
+            for task in plan.tasks.iter().filter(|task| task.kv_head == 1 && task.span.unwrap_or(0) == 0) {
+                let block = &plan.blocks[task.block];
+                rows[block.first..block.first + block.rows].iter_mut().for_each(|count| *count += 1);
+                assert!(
+                    sequences[block.first..][..block.rows].iter().all(|id| *id == sequences[block.first])
+                );
+            }
+            assert!(rows.iter().all(|count| *count == 1), "{parts} parts");
+        }
+    }
 }

@@ -1,20 +1,22 @@
 //! Matrix products over packed panels.
 //!
-//! A panel holds 32 outputs: for each input, the 32 weights side by side, so that one input is multiplied into 32
-//! running sums at once. A sum runs over the inputs in order, in float32, whatever the number of rows: one row
-//! and five hundred have the same arithmetic. A gated matrix has panels in turn, gate then up, of the same outputs.
+//! A matrix is packed once into panels of 32 outputs ([`super::form`]); the same panels serve one row and five
+//! hundred, and nothing is packed at run time. A gated matrix has panels in turn, gate then up, of the same outputs.
 
 use tandem_device::{Epilogue, Linear};
 
+use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
 use crate::math;
 use crate::memory::Shared;
 use crate::scalar::Scalar;
 
-/// Outputs of a panel.
-pub(super) const PANEL: usize = 32;
-/// Rows multiplied at a time: as many sums as fit the registers of wide vectors.
-const ROWS: usize = 4;
+/// Rows that go through all panels together: as many as the second level of cache holds beside the panels. More
+/// come in equal blocks, each of which reads the weights again.
+const ROWS_BLOCK: usize = 70;
+/// Inputs that are multiplied at a time when a panel serves several tiles: so much of a panel, and of the next one,
+/// stays in the second level of cache.
+const INPUTS_BLOCK: usize = 1024;
 
 /// Where output `output` lies: its panel and its place there.
 pub(super) fn place(outputs: usize, gated: bool, output: usize) -> (usize, usize) {
@@ -32,17 +34,15 @@ pub(super) fn panels(outputs: usize, gated: bool) -> usize {
 }
 
 /// What the kernel is told.
-pub(super) struct Product<'a, T> {
-    /// Rows in float32, `[count][inputs]`.
-    pub(super) x: &'a [f32],
+pub(super) struct Product<'a, F: Form> {
+    /// Rows, `[count][inputs]`.
+    pub(super) x: &'a [F::Input],
     pub(super) count: usize,
     pub(super) weight: &'a Linear,
-    pub(super) panels: Shared<T>,
+    pub(super) panels: Shared<F::Stored>,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) epilogue: Epilogue,
-    pub(super) to: Output<T>,
-    /// Whether the registers hold the sums of several rows. Changes no bit: rows do not share sums.
-    pub(super) several: bool,
+    pub(super) to: Output<F::Stored>,
 }
 
 /// Where results go: stored as activations, or as logits in float32.
@@ -53,100 +53,102 @@ pub(super) enum Output<T> {
 
 kernel!(
     /// Runs part `part` of `parts` of the product: a fixed range of panels.
-    product, body, Product<T>
+    product, body, Product<F: Form>
 );
 
 #[inline(always)]
-fn body<T: Scalar>(job: &Product<'_, T>, part: usize, parts: usize) {
-    let group = if job.weight.gated { 2 } else { 1 };
-    let groups = panels(job.weight.outputs, job.weight.gated) / group;
-    for at in groups * part / parts..groups * (part + 1) / parts {
-        let mut row = 0;
-        while job.several && row + ROWS <= job.count {
-            rows::<T, ROWS>(job, at, row);
-            row += ROWS;
-        }
-        while row < job.count {
-            rows::<T, 1>(job, at, row);
-            row += 1;
+fn body<F: Form>(job: &Product<'_, F>, part: usize, parts: usize) {
+    let groups = panels(job.weight.outputs, job.weight.gated) / if job.weight.gated { 2 } else { 1 };
+    let blocks = job.count.div_ceil(ROWS_BLOCK);
+    let (mut sums, mut ups) = ([[0.0; PANEL]; ROWS_BLOCK], [[0.0; PANEL]; ROWS_BLOCK]);
+    for block in 0..blocks {
+        let (first, last) = (job.count * block / blocks, job.count * (block + 1) / blocks);
+        let (sums, ups) = (&mut sums[..last - first], &mut ups[..last - first]);
+        for at in groups * part / parts..groups * (part + 1) / parts {
+            if job.weight.gated {
+                multiply(job, at * 2, first, sums);
+                multiply(job, at * 2 + 1, first, ups);
+                gate(job, at, first, sums, ups);
+            } else {
+                multiply(job, at, first, sums);
+                finish(job, at, first, sums);
+            }
         }
     }
 }
 
-/// `R` rows from `row` on, times panel (or pair of panels) `at`.
+/// The sums of `sums.len()` rows from `first` on with one panel. While it is multiplied the next one is fetched.
 #[inline(always)]
-fn rows<T: Scalar, const R: usize>(job: &Product<'_, T>, at: usize, row: usize) {
+fn multiply<F: Form>(job: &Product<'_, F>, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
     let inputs = job.weight.inputs;
-    let x = &job.x[row * inputs..(row + R) * inputs];
-    if !job.weight.gated {
-        let sums = panel::<T, R>(job, at, x, inputs);
-        return finish(job, at, row, &sums);
+    let len = panel_len::<F::Stored>(inputs);
+    // SAFETY: weights are written once, when they are packed.
+    let panel = unsafe { job.panels.read(panel * len, len) };
+    sums.fill([0.0; PANEL]);
+    let rows = sums.len();
+    let at_once = rows <= F::ROWS_AT_ONCE;
+    let block = if at_once { inputs } else { INPUTS_BLOCK };
+    for from in (0..inputs).step_by(block) {
+        let count = block.min(inputs - from);
+        let panel = &panel[from * PANEL..][..panel_len::<F::Stored>(count)];
+        let mut row = 0;
+        while row < rows {
+            let height = F::rows_next(rows - row);
+            let ahead = match at_once {
+                true => Ahead::soon(panel),
+                false => Ahead::following(panel, row..row + height, rows),
+            };
+            let x = &job.x[(first + row) * inputs + from..];
+            // SAFETY: a form is used with its instruction set; `tile` checks the rest.
+            unsafe { F::tile(x, inputs, count, panel, ahead, &mut sums[row..row + height]) };
+            row += height;
+        }
     }
-    let mut gate = panel::<T, R>(job, at * 2, x, inputs);
-    let up = panel::<T, R>(job, at * 2 + 1, x, inputs);
+}
+
+#[inline(always)]
+fn gate<F: Form>(
+    job: &Product<'_, F>,
+    at: usize,
+    first_row: usize,
+    gates: &mut [[f32; PANEL]],
+    ups: &mut [[f32; PANEL]],
+) {
     let half = job.weight.outputs / 2;
     let first = at * PANEL;
     let width = PANEL.min(half - first);
-    for r in 0..R {
-        let mut ups = up[r];
+    for (r, (gate, up)) in gates.iter_mut().zip(ups).enumerate() {
         if let Some(bias) = job.bias {
             for j in 0..width {
-                gate[r][j] += bias[first + j];
-                ups[j] += bias[half + first + j];
+                gate[j] += bias[first + j];
+                up[j] += bias[half + first + j];
             }
         }
         for j in 0..PANEL {
-            gate[r][j] = math::silu(gate[r][j]) * ups[j];
+            gate[j] = math::silu(gate[j]) * up[j];
         }
         if let Output::Stored(to) = &job.to {
             // SAFETY: this part alone writes the columns of its panels.
-            let to = unsafe { to.part((row + r) * half + first, width) };
+            let to = unsafe { to.part((first_row + r) * half + first, width) };
             for j in 0..width {
-                to[j] = T::store(gate[r][j]);
+                to[j] = F::Stored::store(gate[j]);
             }
         }
     }
 }
 
-/// The sums of `R` rows with one panel.
 #[inline(always)]
-fn panel<T: Scalar, const R: usize>(
-    job: &Product<'_, T>,
-    at: usize,
-    x: &[f32],
-    inputs: usize,
-) -> [[f32; PANEL]; R] {
-    // SAFETY: weights are written once, when they are packed.
-    let weights = unsafe { job.panels.read(at * PANEL * inputs, PANEL * inputs) };
-    let mut sums = [[0.0; PANEL]; R];
-    for (k, weights) in weights.chunks_exact(PANEL).enumerate() {
-        let mut wide = [0.0; PANEL];
-        for j in 0..PANEL {
-            wide[j] = weights[j].load();
-        }
-        for r in 0..R {
-            let value = x[r * inputs + k];
-            for j in 0..PANEL {
-                sums[r][j] += value * wide[j];
-            }
-        }
-    }
-    sums
-}
-
-#[inline(always)]
-fn finish<T: Scalar, const R: usize>(job: &Product<'_, T>, at: usize, row: usize, sums: &[[f32; PANEL]; R]) {
+fn finish<F: Form>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &mut [[f32; PANEL]]) {
     let outputs = job.weight.outputs;
     let first = at * PANEL;
     let width = PANEL.min(outputs - first);
-    for r in 0..R {
-        let mut sums = sums[r];
+    for (r, sums) in sums.iter_mut().enumerate() {
         if let Some(bias) = job.bias {
             for j in 0..width {
                 sums[j] += bias[first + j];
             }
         }
-        let begin = (row + r) * outputs + first;
+        let begin = (first_row + r) * outputs + first;
         match &job.to {
             // SAFETY: this part alone writes the columns of its panels.
             Output::Logits(to) => unsafe { to.part(begin, width) }.copy_from_slice(&sums[..width]),
@@ -159,7 +161,7 @@ fn finish<T: Scalar, const R: usize>(job: &Product<'_, T>, at: usize, row: usize
                     }
                 }
                 for j in 0..width {
-                    to[j] = T::store(sums[j]);
+                    to[j] = F::Stored::store(sums[j]);
                 }
             }
         }

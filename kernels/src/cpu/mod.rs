@@ -6,6 +6,7 @@
 )]
 
 mod attention;
+mod form;
 mod isa;
 mod linear;
 mod pages;
@@ -13,7 +14,7 @@ mod pool;
 mod rows;
 mod sample;
 
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use tandem_device::{
     Attention, Buffer, Device, Download, Element, Embed, Epilogue, Error, HEAD_WIDTH_MAX, KvPages, Linear,
@@ -21,6 +22,8 @@ use tandem_device::{
 };
 use tandem_memory::Region;
 
+use attention::Rooms;
+use form::Form;
 pub use isa::Isa;
 pub(crate) use pages::Pages;
 use pool::Pool;
@@ -59,6 +62,18 @@ impl Cpu {
             .map_err(|error| Error::Unsupported(format!("cannot start {threads} threads: {error}")))?;
         Ok(Cpu { isa, name: format!("cpu-{}", isa.as_str()), pool: Arc::new(Mutex::new(pool)) })
     }
+
+    /// Runs a job in parts: all threads when there is enough work, else here alone. Parts never share a sum, so
+    /// their number changes no bit.
+    fn run(&self, work: usize, job: &(dyn Fn(usize, usize) + Sync)) {
+        // A part that panicked left nothing half-done in the pool itself.
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        let parts = pool.threads();
+        if parts == 1 || work < FORK_WORK {
+            return job(0, 1);
+        }
+        pool.run(&|part| job(part, parts));
+    }
 }
 
 impl Device for Cpu {
@@ -66,10 +81,13 @@ impl Device for Cpu {
         &self.name
     }
 
-    // The instruction set is no part of it: all of them give the same bits. The number counts changes of the
-    // arithmetic.
+    // In float32 all instruction sets give the same bits; in bf16 each has a form of its own. The number counts
+    // changes of the arithmetic.
     fn numerics(&self, element: Element) -> String {
-        format!("cpu-1-{}", element.as_str())
+        match element {
+            Element::Bf16 => format!("{}-2-bf16", self.name),
+            _ => format!("cpu-2-{}", element.as_str()),
+        }
     }
 
     fn allocate(&self, element: Element, len: usize) -> Result<Buffer, Error> {
@@ -90,23 +108,32 @@ impl Device for Cpu {
     }
 
     fn stream(&self) -> Box<dyn Stream> {
-        Box::new(CpuStream { cpu: self.clone(), wide: Vec::new() })
+        let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
+        Box::new(CpuStream { cpu: self.clone(), wide: Vec::new(), rooms: Rooms::new(threads) })
     }
 }
 
 fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
     let Matrix { outputs, inputs, element, gated, row } = matrix;
     assert!(!gated || outputs.is_multiple_of(2), "a gated matrix has two halves");
-    let values = Memory::allocate(element, linear::panels(outputs, gated) * linear::PANEL * inputs)?;
+    let len = form::panel_len::<T>(inputs);
+    let values = Memory::allocate(element, linear::panels(outputs, gated) * len)?;
     // SAFETY: nobody else has the buffer yet.
     let panels = unsafe { slice_mut::<T>(&values) };
-    let mut weights = vec![0.0; inputs];
-    for output in 0..outputs {
-        row(output, &mut weights);
-        let (panel, lane) = linear::place(outputs, gated, output);
-        let panel = &mut panels[panel * linear::PANEL * inputs..][..linear::PANEL * inputs];
-        for (k, weight) in weights.iter().enumerate() {
-            panel[k * linear::PANEL + lane] = T::store(*weight);
+    // A panel's rows together, so that it is written from its beginning to its end.
+    let mut weights = vec![0.0; form::PANEL * inputs];
+    let halves = if gated { 2 } else { 1 };
+    let half = outputs / halves;
+    for (at, panel) in panels.chunks_exact_mut(len).enumerate() {
+        let first = at % halves * half + at / halves * form::PANEL;
+        let count = form::PANEL.min(half - at / halves * form::PANEL);
+        for (output, weights) in (first..first + count).zip(weights.chunks_exact_mut(inputs)) {
+            row(output, weights);
+        }
+        for input in 0..inputs {
+            for lane in 0..count {
+                panel[form::place_in_panel::<T>(input, lane)] = T::store(weights[lane * inputs + input]);
+            }
         }
     }
     Ok(Linear { outputs, inputs, gated, values })
@@ -114,8 +141,24 @@ fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
 
 struct CpuStream {
     cpu: Cpu,
-    /// Rows of a product's input in float32; kept to save allocating.
+    /// Room for a product's rows in float32, or partial results of attention; kept to save allocating.
     wide: Vec<f32>,
+    rooms: Rooms,
+}
+
+/// Calls a method for the form that a buffer's element type has on the stream's instruction set.
+macro_rules! by_form {
+    ($buffer:expr, $self:ident.$method:ident($($argument:expr),*)) => {
+        match ($buffer.element(), $self.cpu.isa) {
+            (Element::F32, _) => $self.$method::<form::Exact>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            (Element::Bf16, Isa::Avx2) => $self.$method::<form::Fused>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            (Element::Bf16, Isa::Avx512) => $self.$method::<form::Paired>($($argument),*),
+            (Element::Bf16, _) => $self.$method::<form::Widened>($($argument),*),
+            (Element::U32, _) => panic!("numbers are f32 or bf16, not u32"),
+        }
+    };
 }
 
 /// Calls a method for the element type that a buffer has.
@@ -130,18 +173,6 @@ macro_rules! by_element {
 }
 
 impl CpuStream {
-    /// Runs a job in parts: all threads when there is enough work, else here alone. Parts never share a sum, so
-    /// their number changes no bit.
-    fn run(&self, work: usize, job: &(dyn Fn(usize, usize) + Sync)) {
-        // A part that panicked left nothing half-done in the pool itself.
-        let mut pool = self.cpu.pool.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let parts = pool.threads();
-        if parts == 1 || work < FORK_WORK {
-            return job(0, 1);
-        }
-        pool.run(&|part| job(part, parts));
-    }
-
     fn embed_as<T: Scalar>(&mut self, call: Embed<'_>) {
         let count = call.rows.count;
         expect(call.to, count * call.table.inputs);
@@ -158,7 +189,7 @@ impl CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * call.table.inputs, &|part, parts| rows::embed(&job, part, parts));
+        self.cpu.run(count * call.table.inputs, &|part, parts| rows::embed(&job, part, parts));
     }
 
     fn norm_as<T: Scalar>(&mut self, call: Norm<'_>) {
@@ -177,32 +208,42 @@ impl CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
+        self.cpu.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
     }
 
-    fn product_as<T: Scalar>(
+    fn product_as<F: Form>(
         &mut self,
         x: &Buffer,
         count: usize,
         weight: &Linear,
         bias: Option<&Buffer>,
         epilogue: Epilogue,
-        to: linear::Output<T>,
+        to: linear::Output<F::Stored>,
     ) {
         let inputs = weight.inputs;
         expect(x, count * inputs);
-        assert_eq!(weight.values.element(), T::ELEMENT, "weights and activations are of one type");
+        assert_eq!(weight.values.element(), F::Stored::ELEMENT, "weights and activations are of one type");
         assert_eq!(weight.gated, epilogue == Epilogue::Gate, "a gated matrix has a gate as epilogue");
         if let Some(bias) = bias {
             expect(bias, weight.outputs);
         }
         let mut wide = std::mem::take(&mut self.wide);
-        wide.clear();
         // SAFETY: as in `embed_as`.
-        wide.extend(unsafe { &slice::<T>(x)[..count * inputs] }.iter().map(|value| value.load()));
+        let stored = unsafe { &slice::<F::Stored>(x)[..count * inputs] };
+        let x = F::inputs(stored, &mut wide, |stored, wide| {
+            let to = Shared::over(wide);
+            self.cpu.run(stored.len() / 4, &|part, parts| {
+                let (begin, end) = (stored.len() * part / parts, stored.len() * (part + 1) / parts);
+                // SAFETY: each part has a range of its own.
+                let to = unsafe { to.part(begin, end - begin) };
+                for (to, value) in to.iter_mut().zip(&stored[begin..end]) {
+                    *to = value.load();
+                }
+            });
+        });
         let isa = self.cpu.isa;
-        let job = linear::Product::<T> {
-            x: &wide,
+        let job = linear::Product::<F> {
+            x,
             count,
             weight,
             panels: Shared::of(&weight.values),
@@ -210,23 +251,22 @@ impl CpuStream {
             bias: bias.map(|bias| unsafe { slice(bias) }),
             epilogue,
             to,
-            several: isa != Isa::Portable,
         };
-        self.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
+        self.cpu.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
         self.wide = wide;
     }
 
-    fn linear_as<T: Scalar>(&mut self, call: LinearCall<'_>) {
+    fn linear_as<F: Form>(&mut self, call: LinearCall<'_>) {
         let halves = if call.epilogue == Epilogue::Gate { 2 } else { 1 };
         expect(call.to, call.count * call.weight.outputs / halves);
-        let to = linear::Output::Stored(Shared::<T>::of(call.to));
-        self.product_as(call.x, call.count, call.weight, call.bias, call.epilogue, to);
+        let to = linear::Output::Stored(Shared::<F::Stored>::of(call.to));
+        self.product_as::<F>(call.x, call.count, call.weight, call.bias, call.epilogue, to);
     }
 
-    fn logits_as<T: Scalar>(&mut self, call: Logits<'_>) {
+    fn logits_as<F: Form>(&mut self, call: Logits<'_>) {
         expect(call.to, call.count * call.weight.outputs);
-        let to = linear::Output::<T>::Logits(Shared::of(call.to));
-        self.product_as(call.x, call.count, call.weight, None, Epilogue::None, to);
+        let to = linear::Output::<F::Stored>::Logits(Shared::of(call.to));
+        self.product_as::<F>(call.x, call.count, call.weight, None, Epilogue::None, to);
     }
 
     fn qkv_store_as<T: Scalar>(&mut self, call: QkvStore<'_>) {
@@ -257,39 +297,53 @@ impl CpuStream {
                 queries: Shared::of(call.queries),
             }
         };
-        self.run(count * call.heads * pages.width * 8, &|part, parts| {
+        self.cpu.run(count * call.heads * pages.width * 8, &|part, parts| {
             rows::qkv_store(isa, &job, part, parts);
         });
     }
 
-    fn attention_as<T: Scalar>(&mut self, call: Attention<'_>) {
+    fn attention_as<F: Form>(&mut self, call: Attention<'_>) {
         let count = call.rows.count;
         let pages = call.kv.pages;
         check_heads(call.heads, pages);
-        assert!(
-            attention::SPAN.is_multiple_of(pages.tokens),
-            "spans end with pages of {} tokens",
-            pages.tokens
-        );
+        assert!(pages.tokens.is_multiple_of(form::PANEL), "panels end with pages of {} tokens", pages.tokens);
         expect(call.queries, count * call.heads * pages.width);
         expect(call.to, count * call.heads * pages.width);
         let isa = self.cpu.isa;
         // SAFETY: as in `embed_as`.
+        let (positions, sequences) =
+            unsafe { (&slice(call.rows.positions)[..count], &slice(call.rows.sequences)[..count]) };
+        let parts = self.rooms.parts();
+        let plan = attention::Plan::new(positions, sequences, call.heads / pages.heads, pages.heads, parts);
+        let mut partials = std::mem::take(&mut self.wide);
+        let len = plan.partials * attention::partial_len(pages.width);
+        if partials.len() < len {
+            partials.resize(len, 0.0);
+        }
+        let rooms = self.rooms.of::<F>();
+        // SAFETY: as in `embed_as`.
         let job = unsafe {
-            attention::Attention::<T> {
+            attention::Attention::<F> {
                 queries: slice(call.queries),
-                positions: &slice(call.rows.positions)[..count],
-                sequences: &slice(call.rows.sequences)[..count],
+                positions,
+                sequences,
                 heads: call.heads,
                 scale: call.scale,
                 pages: Pages::of(call.kv, call.sequences),
+                plan: &plan,
+                rooms,
+                partials: Shared::over(&mut partials),
                 to: Shared::of(call.to),
             }
         };
-        let tokens: usize = job.positions.iter().map(|position| *position as usize + 1).sum();
-        self.run(tokens * call.heads * pages.width * 2, &|part, parts| {
+        let tokens: usize = positions.iter().map(|position| *position as usize + 1).sum();
+        self.cpu.run(tokens * call.heads * pages.width * 2, &|part, parts| {
             attention::attention(isa, &job, part, parts);
         });
+        if plan.partials > 0 {
+            self.cpu.run(len, &|part, parts| attention::merge_spans(isa, &job, part, parts));
+        }
+        self.wide = partials;
     }
 
     fn zero_rows_as<T: Scalar>(&mut self, pages: &KvPages, page: u32, first_row: u32) {
@@ -372,7 +426,7 @@ impl Stream for CpuStream {
             scale: call.scale,
             to: Shared::of(call.to),
         };
-        self.run(count * call.frequencies.len() * 64, &|part, parts| rows::rotations(&job, part, parts));
+        self.cpu.run(count * call.frequencies.len() * 64, &|part, parts| rows::rotations(&job, part, parts));
     }
 
     fn norm(&mut self, call: Norm<'_>) {
@@ -380,7 +434,7 @@ impl Stream for CpuStream {
     }
 
     fn linear(&mut self, call: LinearCall<'_>) {
-        by_element!(call.x, self.linear_as(call))
+        by_form!(call.x, self.linear_as(call))
     }
 
     fn qkv_store(&mut self, call: QkvStore<'_>) {
@@ -388,7 +442,7 @@ impl Stream for CpuStream {
     }
 
     fn attention(&mut self, call: Attention<'_>) {
-        by_element!(call.queries, self.attention_as(call))
+        by_form!(call.queries, self.attention_as(call))
     }
 
     fn gather_rows(&mut self, from: &Buffer, rows: &Buffer, count: usize, width: usize, to: &Buffer) {
@@ -403,7 +457,7 @@ impl Stream for CpuStream {
     }
 
     fn logits(&mut self, call: Logits<'_>) {
-        by_element!(call.x, self.logits_as(call))
+        by_form!(call.x, self.logits_as(call))
     }
 
     fn tally(&mut self, call: Tally<'_>) {
@@ -433,7 +487,7 @@ impl Stream for CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * vocab, &|part, parts| sample::penalties(isa, &job, part, parts));
+        self.cpu.run(count * vocab, &|part, parts| sample::penalties(isa, &job, part, parts));
     }
 
     fn sample(&mut self, call: SampleCall<'_>) {
@@ -456,7 +510,7 @@ impl Stream for CpuStream {
                 to: Shared::of(call.to),
             }
         };
-        self.run(count * vocab * 4, &|part, parts| sample::sample(isa, &job, part, parts));
+        self.cpu.run(count * vocab * 4, &|part, parts| sample::sample(isa, &job, part, parts));
     }
 
     fn copy_pages(&mut self, pages: &KvPages, pairs: &Buffer, count: usize) {

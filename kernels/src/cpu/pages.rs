@@ -59,7 +59,7 @@ impl<'a, T: Copy> Pages<'a, T> {
         page * self.page_elements + self.layer_first + head * 2 * self.tokens * self.width
     }
 
-    /// The first `tokens` key and value rows of a head in a block.
+    /// `tokens` key and value rows of a head from `position` on, all in one page.
     ///
     /// # Safety
     /// Nothing writes them while the slices live.
@@ -67,11 +67,13 @@ impl<'a, T: Copy> Pages<'a, T> {
     pub(crate) unsafe fn rows(
         &self,
         sequence: usize,
-        block: usize,
+        position: usize,
         head: usize,
         tokens: usize,
     ) -> (&[T], &[T]) {
-        let first = self.head(sequence, block, head);
+        let row = position % self.tokens;
+        assert!(row + tokens <= self.tokens, "rows {row} to {} of {}", row + tokens, self.tokens);
+        let first = self.head(sequence, position / self.tokens, head) + row * self.width;
         let len = tokens * self.width;
         // SAFETY: by the caller's promise.
         unsafe { (self.memory.read(first, len), self.memory.read(first + self.tokens * self.width, len)) }

@@ -4,8 +4,8 @@
 use tandem_device::{HEAD_WIDTH_MAX, Linear, TOKEN_PREVIOUS};
 
 use super::isa::kernel;
-use super::linear;
 use super::pages::Pages;
+use super::{form, linear};
 use crate::math::{self, LANES};
 use crate::memory::Shared;
 use crate::scalar::Scalar;
@@ -36,12 +36,13 @@ pub(super) fn embed<T: Scalar>(job: &Embed<'_, T>, part: usize, parts: usize) {
         } as usize;
         assert!(token < job.table.outputs, "token {token} of {}", job.table.outputs);
         let (panel, lane) = linear::place(job.table.outputs, false, token);
+        let len = form::panel_len::<T>(width);
         // SAFETY: weights are written once, when they are packed.
-        let panel = unsafe { job.panels.read(panel * linear::PANEL * width, linear::PANEL * width) };
+        let panel = unsafe { job.panels.read(panel * len, len) };
         // SAFETY: each row belongs to one part.
         let to = unsafe { job.to.part(row * width, width) };
         for (k, to) in to.iter_mut().enumerate() {
-            *to = panel[k * linear::PANEL + lane];
+            *to = panel[form::place_in_panel::<T>(k, lane)];
         }
     }
 }
@@ -78,7 +79,7 @@ pub(super) struct Norm<'a, T> {
 
 kernel!(
     /// Adds and normalises rows.
-    norm, norm_body, Norm<T>
+    norm, norm_body, Norm<T: Scalar>
 );
 
 #[inline(always)]
@@ -135,7 +136,7 @@ pub(super) struct QkvStore<'a, T> {
 
 kernel!(
     /// Splits, normalises, rotates and stores rows of the fused projection.
-    qkv_store, qkv_store_body, QkvStore<T>
+    qkv_store, qkv_store_body, QkvStore<T: Scalar>
 );
 
 #[inline(always)]

@@ -28,7 +28,7 @@ pub fn qwen3_0_6b(parent: &Path) -> io::Result<PathBuf> {
         "hidden_act": "silu", "attention_bias": false, "eos_token_id": 1023,
     });
     fs::write(dir.join("config.json"), config.to_string())?;
-    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../demo-model");
+    let demo = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../demo-model");
     for file in ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"] {
         fs::copy(demo.join(file), dir.join(file))?;
     }

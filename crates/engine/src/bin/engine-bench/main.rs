@@ -1,0 +1,139 @@
+//! Tokens per second of the engine, and what share of the machine's limits that is.
+//!
+//! `cargo xtask bench engine` runs this. The model is a random checkpoint of Qwen3-0.6B's shape. Each round measures
+//! the limits and then every case once, because machines change their speed from minute to minute; a share is
+//! taken within a round. A limit is what the case's bytes take at the rate of reading memory, or its products at the
+//! rate of the instruction set in use, whichever is longer.
+
+use std::process::ExitCode;
+
+mod case;
+mod machine;
+
+use case::{Case, Subject};
+use machine::Limits;
+
+struct Options {
+    threads: usize,
+    rounds: usize,
+    /// Cases whose name holds this text.
+    only: String,
+}
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match options(&arguments).and_then(|options| run(&options)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(sentence) => {
+            eprintln!("{sentence}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn options(arguments: &[String]) -> Result<Options, String> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
+    let mut options = Options { threads, rounds: 5, only: String::new() };
+    let mut arguments = arguments.iter();
+    while let Some(argument) = arguments.next() {
+        let mut number = || {
+            let number = arguments.next().and_then(|text| text.parse().ok()).filter(|number| *number > 0);
+            number.ok_or_else(|| format!("{argument} needs a number above zero"))
+        };
+        match argument.as_str() {
+            "--quick" => options.rounds = 1,
+            "--threads" => options.threads = number()?,
+            "--rounds" => options.rounds = number()?,
+            "--only" => options.only = arguments.next().ok_or("--only needs a text")?.clone(),
+            wrong => {
+                return Err(format!(
+                    "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT and --quick"
+                ));
+            }
+        }
+    }
+    Ok(options)
+}
+
+fn run(options: &Options) -> Result<(), String> {
+    let cases: Vec<Case> =
+        Case::all().into_iter().filter(|case| case.to_string().contains(&options.only)).collect();
+    if cases.is_empty() {
+        let names: Vec<String> = Case::all().iter().map(Case::to_string).collect();
+        return Err(format!("no case has {:?} in its name; there are {}", options.only, names.join(", ")));
+    }
+    let mut subject = Subject::load(options.threads, &cases)?;
+    eprintln!("{} with {} threads, {} rounds", subject.kernel(), options.threads, options.rounds);
+    let mut limits = Vec::new();
+    let mut figures: Vec<Vec<Figure>> = cases.iter().map(|_| Vec::new()).collect();
+    for round in 1..=options.rounds {
+        let now = Limits::measure(options.threads, subject.isa()?)?;
+        for (case, figures) in cases.iter().zip(&mut figures) {
+            let took = subject.measure(case)?;
+            let tokens = (case.steps() * case.tokens()) as f64;
+            let rate = options.threads as f64 * tokens / took.cpu;
+            let figure = Figure {
+                cpu: rate,
+                wall: tokens / took.wall,
+                share: rate / case.limit(&now),
+                share_of_wall: tokens / took.wall / case.limit(&now),
+            };
+            eprintln!("round {round}: {case}: {:.1} by CPU time, {:.1} by wall", figure.cpu, figure.wall);
+            figures.push(figure);
+        }
+        limits.push(now);
+    }
+    println!("Limits, {} threads: {}", options.threads, Limits::spread(&limits));
+    println!(
+        "\nTokens per second, median (minimum to maximum) of {}; llama.cpp: not compared\n",
+        options.rounds
+    );
+    println!("| case | by CPU time | of the limit | by wall | of the limit |\n|---|---|---|---|---|");
+    for (case, figures) in cases.iter().zip(&figures) {
+        let column = |of: fn(&Figure) -> f64, digits| spread(figures.iter().map(of).collect(), digits);
+        println!(
+            "| {case} | {} | {} | {} | {} |",
+            column(|figure| figure.cpu, 1),
+            column(|figure| figure.share, 2),
+            column(|figure| figure.wall, 1),
+            column(|figure| figure.share_of_wall, 2),
+        );
+    }
+    Ok(())
+}
+
+/// One case in one round.
+struct Figure {
+    cpu: f64,
+    wall: f64,
+    share: f64,
+    share_of_wall: f64,
+}
+
+/// Median, minimum and maximum as text.
+fn spread(mut values: Vec<f64>, digits: usize) -> String {
+    values.sort_by(f64::total_cmp);
+    let (least, middle, most) = (values[0], values[values.len() / 2], values[values.len() - 1]);
+    format!("{middle:.digits$} ({least:.digits$} to {most:.digits$})")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wrong_option_names_the_right_ones() {
+        let options = |line: &str| {
+            options(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+                .map(|o| (o.threads, o.rounds))
+        };
+        assert_eq!(options("--threads 3 --quick"), Ok((3, 1)));
+        assert_eq!(options("--rounds 0").unwrap_err(), "--rounds needs a number above zero");
+        assert!(options("--fast").unwrap_err().contains("--only TEXT and --quick"));
+    }
+
+    #[test]
+    fn a_spread_is_median_minimum_and_maximum() {
+        assert_eq!(spread(vec![3.0, 1.0, 2.25], 1), "2.2 (1.0 to 3.0)");
+    }
+}

@@ -1,0 +1,402 @@
+//! bf16 forms in vector instructions. Both read the same panels.
+
+use std::arch::x86_64::*;
+
+use super::{Ahead, Form, PANEL, check, gather, scatter, widened_inputs};
+use crate::scalar::Bf16;
+
+/// AVX2: weights widened in registers, products fused with additions.
+pub(crate) struct Fused;
+
+impl Form for Fused {
+    type Stored = Bf16;
+    type Input = f32;
+    const ROWS: usize = 5;
+    const ROWS_AT_ONCE: usize = 2;
+
+    // Three rows are the slowest: too many to go through a panel at once, too few to keep both units busy.
+    #[inline(always)]
+    fn rows_next(left: usize) -> usize {
+        match left {
+            6 => 4,
+            7 => 5,
+            _ => left.div_ceil(left.div_ceil(Self::ROWS)),
+        }
+    }
+
+    fn inputs<'a>(
+        stored: &'a [Bf16],
+        room: &'a mut Vec<f32>,
+        widen: impl FnOnce(&[Bf16], &mut [f32]),
+    ) -> &'a [f32] {
+        widened_inputs(stored, room, widen)
+    }
+
+    #[inline(always)]
+    unsafe fn tile(
+        x: &[f32],
+        stride: usize,
+        inputs: usize,
+        panel: &[Bf16],
+        ahead: Ahead,
+        sums: &mut [[f32; PANEL]],
+    ) {
+        check::<Fused>(x, stride, inputs, panel, sums.len());
+        let halves = ahead.in_two();
+        // SAFETY: the caller has the instructions; bounds were just checked.
+        unsafe {
+            match sums.len() {
+                1 => fused_wide::<1>(x, stride, inputs, panel, ahead, sums),
+                2 => fused_wide::<2>(x, stride, inputs, panel, ahead, sums),
+                3 => {
+                    fused_half::<3>(x, stride, inputs, panel, 0, halves[0], sums);
+                    fused_half::<3>(x, stride, inputs, panel, 1, halves[1], sums);
+                }
+                4 => {
+                    fused_half::<4>(x, stride, inputs, panel, 0, halves[0], sums);
+                    fused_half::<4>(x, stride, inputs, panel, 1, halves[1], sums);
+                }
+                _ => {
+                    fused_half::<5>(x, stride, inputs, panel, 0, halves[0], sums);
+                    fused_half::<5>(x, stride, inputs, panel, 1, halves[1], sums);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
+        // SAFETY: the caller has the instructions.
+        unsafe { transpose(rows, width, ahead, panel) }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
+        // SAFETY: the caller has the instructions.
+        unsafe { interleave(rows, width, first, ahead, panel) }
+    }
+}
+
+/// `R` rows times the panel's four vectors of 8 outputs, for few rows: what the loop needs fits the 16 registers.
+///
+/// # Safety
+/// As for [`Form::tile`] with AVX2 and FMA; `sums` has `R` rows.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn fused_wide<const R: usize>(
+    x: &[f32],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    ahead: Ahead,
+    sums: &mut [[f32; PANEL]],
+) {
+    let x = x.as_ptr();
+    let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+    let mut now: [[__m256; 4]; R] = std::array::from_fn(|r| {
+        // SAFETY: rows of `sums` have 32 elements.
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums[r].as_ptr().add(8 * v)) })
+    });
+    let mut weights = panel.as_ptr();
+    let mut ahead = ahead.over(inputs / 2);
+    for pair in 0..inputs / 2 {
+        ahead.fetch_next();
+        for v in 0..4 {
+            // SAFETY: a vector of weights is 16 elements, the pairs of 8 outputs; the panel has four for each pair
+            // of inputs, and `weights` is at this pair. Both inputs are inside row `r`.
+            unsafe {
+                let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+                let top = _mm256_castsi256_ps(_mm256_and_si256(wide, high));
+                for r in 0..R {
+                    let values = x.add(r * stride + 2 * pair);
+                    now[r][v] = _mm256_fmadd_ps(_mm256_set1_ps(*values), low, now[r][v]);
+                    now[r][v] = _mm256_fmadd_ps(_mm256_set1_ps(*values.add(1)), top, now[r][v]);
+                }
+            }
+        }
+        weights = weights.wrapping_add(2 * PANEL);
+    }
+    if inputs % 2 == 1 {
+        for v in 0..4 {
+            // SAFETY: the panel is padded to a whole pair; the last input is inside each row.
+            unsafe {
+                let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+                for r in 0..R {
+                    let value = _mm256_set1_ps(*x.add(r * stride + inputs - 1));
+                    now[r][v] = _mm256_fmadd_ps(value, low, now[r][v]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..4 {
+            // SAFETY: as for the loads.
+            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(8 * v), now[r][v]) };
+        }
+    }
+}
+
+/// `R` rows times half of the panel: sums of 5 rows and 2 vectors leave registers for weights and inputs.
+///
+/// # Safety
+/// As for [`Form::tile`] with AVX2 and FMA; `sums` has `R` rows; `half` is 0 or 1.
+#[target_feature(enable = "avx2,fma")]
+unsafe fn fused_half<const R: usize>(
+    x: &[f32],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    half: usize,
+    ahead: Ahead,
+    sums: &mut [[f32; PANEL]],
+) {
+    let x = x.as_ptr();
+    let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+    let mut now: [[__m256; 2]; R] = std::array::from_fn(|r| {
+        // SAFETY: rows of `sums` have 32 elements, of which these are one half.
+        std::array::from_fn(|v| unsafe { _mm256_loadu_ps(sums[r].as_ptr().add(16 * half + 8 * v)) })
+    });
+    // SAFETY: the panel has a row of 64 elements for each pair of inputs, a vector of 16 for 8 outputs.
+    let mut weights = unsafe { panel.as_ptr().add(32 * half) };
+    let mut ahead = ahead.over(inputs / 2);
+    for pair in 0..inputs / 2 {
+        ahead.fetch_next();
+        // SAFETY: as above; `weights` is at this pair.
+        let wide: [__m256i; 2] =
+            std::array::from_fn(|v| unsafe { _mm256_loadu_si256(weights.add(16 * v).cast()) });
+        let low: [__m256; 2] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide[v])));
+        for r in 0..R {
+            // SAFETY: the input is inside row `r`.
+            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair)) };
+            for v in 0..2 {
+                now[r][v] = _mm256_fmadd_ps(value, low[v], now[r][v]);
+            }
+        }
+        let top: [__m256; 2] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_and_si256(wide[v], high)));
+        for r in 0..R {
+            // SAFETY: as above.
+            let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair + 1)) };
+            for v in 0..2 {
+                now[r][v] = _mm256_fmadd_ps(value, top[v], now[r][v]);
+            }
+        }
+        weights = weights.wrapping_add(2 * PANEL);
+    }
+    if inputs % 2 == 1 {
+        for v in 0..2 {
+            // SAFETY: the panel is padded to a whole pair; the last input is inside each row.
+            unsafe {
+                let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
+                let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
+                for r in 0..R {
+                    let value = _mm256_set1_ps(*x.add(r * stride + inputs - 1));
+                    now[r][v] = _mm256_fmadd_ps(value, low, now[r][v]);
+                }
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..2 {
+            // SAFETY: as for the loads.
+            unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(16 * half + 8 * v), now[r][v]) };
+        }
+    }
+}
+
+/// AVX-512 with bf16: an instruction multiplies and adds both inputs of a pair for 16 outputs.
+pub(crate) struct Paired;
+
+impl Form for Paired {
+    type Stored = Bf16;
+    type Input = Bf16;
+    const ROWS: usize = 14;
+    const ROWS_AT_ONCE: usize = 14;
+
+    fn inputs<'a>(
+        stored: &'a [Bf16],
+        _: &'a mut Vec<f32>,
+        _: impl FnOnce(&[Bf16], &mut [f32]),
+    ) -> &'a [Bf16] {
+        stored
+    }
+
+    #[inline(always)]
+    unsafe fn tile(
+        x: &[Bf16],
+        stride: usize,
+        inputs: usize,
+        panel: &[Bf16],
+        ahead: Ahead,
+        sums: &mut [[f32; PANEL]],
+    ) {
+        check::<Paired>(x, stride, inputs, panel, sums.len());
+        // SAFETY: the caller has the instructions; bounds were just checked.
+        unsafe {
+            match sums.len() {
+                1 => paired::<1>(x, stride, inputs, panel, ahead, sums),
+                2 => paired::<2>(x, stride, inputs, panel, ahead, sums),
+                3 => paired::<3>(x, stride, inputs, panel, ahead, sums),
+                4 => paired::<4>(x, stride, inputs, panel, ahead, sums),
+                5 => paired::<5>(x, stride, inputs, panel, ahead, sums),
+                6 => paired::<6>(x, stride, inputs, panel, ahead, sums),
+                7 => paired::<7>(x, stride, inputs, panel, ahead, sums),
+                8 => paired::<8>(x, stride, inputs, panel, ahead, sums),
+                9 => paired::<9>(x, stride, inputs, panel, ahead, sums),
+                10 => paired::<10>(x, stride, inputs, panel, ahead, sums),
+                11 => paired::<11>(x, stride, inputs, panel, ahead, sums),
+                12 => paired::<12>(x, stride, inputs, panel, ahead, sums),
+                13 => paired::<13>(x, stride, inputs, panel, ahead, sums),
+                _ => paired::<14>(x, stride, inputs, panel, ahead, sums),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_rows(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
+        // SAFETY: a machine with AVX-512 has AVX2.
+        unsafe { transpose(rows, width, ahead, panel) }
+    }
+
+    #[inline(always)]
+    unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
+        // SAFETY: as above.
+        unsafe { interleave(rows, width, first, ahead, panel) }
+    }
+}
+
+/// `R` rows times the panel's two vectors of 16 outputs: sums of 14 rows take 28 of the 32 registers.
+///
+/// # Safety
+/// As for [`Form::tile`] with AVX-512 F, BW and BF16; `sums` has `R` rows.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn paired<const R: usize>(
+    x: &[Bf16],
+    stride: usize,
+    inputs: usize,
+    panel: &[Bf16],
+    ahead: Ahead,
+    sums: &mut [[f32; PANEL]],
+) {
+    let x = x.as_ptr();
+    let mut now: [[__m512; 2]; R] = std::array::from_fn(|r| {
+        // SAFETY: rows of `sums` have 32 elements.
+        std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums[r].as_ptr().add(16 * v)) })
+    });
+    let mut weights = panel.as_ptr();
+    // SAFETY: the panel has a whole row of 64 elements for each pair of inputs, and `weights` is at one of them;
+    // vectors of equal size are the same bits.
+    let load = |weights: *const Bf16, v: usize| unsafe {
+        std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(weights.add(32 * v).cast()))
+    };
+    // SAFETY: vectors of equal size are the same bits.
+    let spread = |pair: i32| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair)) };
+    let mut ahead = ahead.over(inputs / 2);
+    for pair in 0..inputs / 2 {
+        ahead.fetch_next();
+        let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
+        for r in 0..R {
+            // SAFETY: both inputs are inside row `r`; the read asks for no alignment.
+            let value = spread(unsafe { x.add(r * stride + 2 * pair).cast::<i32>().read_unaligned() });
+            for v in 0..2 {
+                now[r][v] = _mm512_dpbf16_ps(now[r][v], value, wide[v]);
+            }
+        }
+        weights = weights.wrapping_add(2 * PANEL);
+    }
+    if inputs % 2 == 1 {
+        // The panel is padded to a whole pair with zeros; the row ends with its last input.
+        let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
+        for r in 0..R {
+            // SAFETY: the last input is inside row `r`.
+            let value = spread(i32::from(unsafe { (*x.add(r * stride + inputs - 1)).0 }));
+            for v in 0..2 {
+                now[r][v] = _mm512_dpbf16_ps(now[r][v], value, wide[v]);
+            }
+        }
+    }
+    for r in 0..R {
+        for v in 0..2 {
+            // SAFETY: as for the loads.
+            unsafe { _mm512_storeu_ps(sums[r].as_mut_ptr().add(16 * v), now[r][v]) };
+        }
+    }
+}
+
+/// [`Form::panel_of_rows`]: pairs are words of 32 bits, so a panel is the rows transposed; 8 by 8 in registers.
+///
+/// # Safety
+/// The machine has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn transpose(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
+    let count = rows.len() / width;
+    let pairs = width / 2;
+    if count != PANEL || !width.is_multiple_of(2) || !pairs.is_multiple_of(8) {
+        return scatter(rows, width, panel);
+    }
+    assert!(panel.len() >= PANEL * width, "a panel of {width} inputs in {} elements", panel.len());
+    let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    let mut ahead = ahead.over(PANEL / 8 * (pairs / 8));
+    for first in (0..PANEL).step_by(8) {
+        for pair in (0..pairs).step_by(8) {
+            ahead.fetch_next();
+            // SAFETY: rows `first..first + 8` and pairs `pair..pair + 8` exist: both counts are multiples of 8.
+            let row: [__m256i; 8] = std::array::from_fn(|i| unsafe {
+                _mm256_loadu_si256(from.add((first + i) * width + 2 * pair).cast())
+            });
+            let two: [__m256i; 8] = std::array::from_fn(|i| match i % 2 {
+                0 => _mm256_unpacklo_epi32(row[i], row[i + 1]),
+                _ => _mm256_unpackhi_epi32(row[i - 1], row[i]),
+            });
+            // Of every four rows: words 0 and 4, 1 and 5, 2 and 6, 3 and 7, four rows each.
+            let four: [__m256i; 8] = std::array::from_fn(|i| {
+                let base = i / 4 * 4;
+                match i % 4 {
+                    0 => _mm256_unpacklo_epi64(two[base], two[base + 2]),
+                    1 => _mm256_unpackhi_epi64(two[base], two[base + 2]),
+                    2 => _mm256_unpacklo_epi64(two[base + 1], two[base + 3]),
+                    _ => _mm256_unpackhi_epi64(two[base + 1], two[base + 3]),
+                }
+            });
+            for i in 0..4 {
+                let low = _mm256_permute2x128_si256::<0x20>(four[i], four[i + 4]);
+                let high = _mm256_permute2x128_si256::<0x31>(four[i], four[i + 4]);
+                // SAFETY: pair `pair + i + 4` is inside the panel, checked above; a pair's row has 32 outputs.
+                unsafe {
+                    _mm256_storeu_si256(to.add(((pair + i) * PANEL + first) * 2).cast(), low);
+                    _mm256_storeu_si256(to.add(((pair + i + 4) * PANEL + first) * 2).cast(), high);
+                }
+            }
+        }
+    }
+}
+
+/// [`Form::panel_of_columns`]: the elements of two rows in turn.
+///
+/// # Safety
+/// The machine has AVX2.
+#[target_feature(enable = "avx2")]
+unsafe fn interleave(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
+    let count = rows.len() / width;
+    if count != PANEL || first + PANEL > width {
+        return gather(rows, width, first, panel);
+    }
+    assert!(panel.len() >= PANEL * PANEL, "32 rows in a panel of {}", panel.len());
+    let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    let mut ahead = ahead.over(PANEL / 2);
+    for row in (0..PANEL).step_by(2) {
+        ahead.fetch_next();
+        for half in [0, PANEL / 2] {
+            // SAFETY: 16 elements from `first + half` on are in each of the 32 rows; so are 32 in the panel.
+            unsafe {
+                let at = from.add(row * width + first + half);
+                let one = _mm256_loadu_si256(at.cast());
+                let two = _mm256_loadu_si256(at.add(width).cast());
+                let (low, high) = (_mm256_unpacklo_epi16(one, two), _mm256_unpackhi_epi16(one, two));
+                let to = to.add(row * PANEL + 2 * half);
+                _mm256_storeu_si256(to.cast(), _mm256_permute2x128_si256::<0x20>(low, high));
+                _mm256_storeu_si256(to.add(16).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
+            }
+        }
+    }
+}
