@@ -67,8 +67,9 @@ fn help() -> String {
         "\
 cargo xtask up [-- ARGS]                  build in release and start a cluster on this machine;
                                           ARGS are those of `tandem up` (`cargo xtask up -- --help`)
-cargo xtask test [FILTER] [--lane NAME]   install what the tests need, run them all, or those whose
-                                          name contains FILTER, or one lane of them
+cargo xtask test [FILTER] [--lane NAME] [--times N]
+                                          install what the tests need, run them all, or those whose
+                                          name contains FILTER, or one lane of them; N times in a row
 cargo xtask chaos --level failpoints|processes [--runs N] [--seed S]
                                           run clusters under seeded faults and print what came of them;
                                           a case that fails names the command that repeats it

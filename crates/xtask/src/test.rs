@@ -75,6 +75,8 @@ pub struct Options {
     pub filter: Option<String>,
     /// Only this lane.
     pub lane: Option<String>,
+    /// So often in a row, until something fails; 0 is once.
+    pub times: u32,
 }
 
 /// The lanes with what they hold, one a line.
@@ -82,11 +84,16 @@ pub fn lanes() -> String {
     LANES.iter().map(|lane| format!("  {:<12} {}\n", lane.name, lane.what)).collect()
 }
 
-/// Reads `[FILTER] [--lane NAME]`.
+/// Reads `[FILTER] [--lane NAME] [--times N]`.
 pub fn options(arguments: &[String]) -> Result<Options, String> {
     let mut options = Options::default();
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
+        if argument == "--times" {
+            let times = arguments.next().and_then(|times| times.parse().ok()).filter(|times| *times > 0);
+            options.times = times.ok_or("--times takes how often to run the tests, such as 20")?;
+            continue;
+        }
         let lane = match argument.strip_prefix("--lane") {
             Some("") => Some(arguments.next().cloned().unwrap_or_default()),
             Some(value) => value.strip_prefix('=').map(str::to_owned),
@@ -99,7 +106,7 @@ pub fn options(arguments: &[String]) -> Result<Options, String> {
                 return Err(format!("there is no lane `{lane}`: it is one of {}", names.join(", ")));
             }
             None if argument.starts_with('-') => {
-                return Err(format!("unknown option `{argument}`: there is `--lane NAME`"));
+                return Err(format!("unknown option `{argument}`: there are `--lane NAME` and `--times N`"));
             }
             None if options.filter.is_some() => {
                 return Err(format!("one filter at a time, not also `{argument}`"));
@@ -130,6 +137,30 @@ pub fn test(options: &Options) -> Result<(), String> {
     eprintln!("building all tests");
     runner.build()?;
     let mut table = vec![("build", Outcome::Passed(0), started.elapsed())];
+    for round in 1..options.times {
+        eprintln!("round {round} of {}", options.times);
+        lanes_once(options, &workspace, &mut runner, &mut table)?;
+        if table.iter().any(|(_, outcome, _)| *outcome == Outcome::Failed) {
+            break;
+        }
+        table.truncate(1);
+    }
+    if table.len() == 1 {
+        lanes_once(options, &workspace, &mut runner, &mut table)?;
+    }
+    eprint!("\n{}", render(&table));
+    verdict(&table, env::var("CI").is_ok_and(|value| value == "true"))
+}
+
+type Table = Vec<(&'static str, Outcome, Duration)>;
+
+/// Runs each lane once.
+fn lanes_once(
+    options: &Options,
+    workspace: &workspace::Workspace,
+    runner: &mut Runner,
+    table: &mut Table,
+) -> Result<(), String> {
     for lane in LANES.iter().filter(|lane| options.lane.as_ref().is_none_or(|only| only == lane.name)) {
         let started = now();
         eprintln!("lane {}: {}", lane.name, lane.what);
@@ -148,8 +179,7 @@ pub fn test(options: &Options) -> Result<(), String> {
         };
         table.push((lane.name, outcome, started.elapsed()));
     }
-    eprint!("\n{}", render(&table));
-    verdict(&table, env::var("CI").is_ok_and(|value| value == "true"))
+    Ok(())
 }
 
 #[allow(clippy::disallowed_methods)] // a tool on its own, not part of a cluster that is simulated
@@ -283,7 +313,9 @@ fn count(log: &str) -> u64 {
         let end = line.find(word)?;
         line[..end].trim_end().rsplit([' ', ':']).next()?.parse::<u64>().ok()
     };
-    let reports = log.lines().filter(|line| line.contains("test result:") || line.contains("tests run:"));
+    let reports = log
+        .lines()
+        .filter(|line| ["test result:", "tests run:", "test run:"].iter().any(|word| line.contains(word)));
     reports.filter_map(|line| number_before(line, " passed")).sum()
 }
 

@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tandem_chassis::seam;
 use tandem_integration_tests::{Spec, TestCluster};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
 
 use crate::support::{concurrently, run, tiny};
 
@@ -164,7 +164,7 @@ async fn try_case(case: Arc<Case>, model: &str, host: SocketAddr) -> Result<(), 
         move || case.bytes(&model, host)
     });
     let request = written.await.expect("the table is in order");
-    let mut stream = TcpStream::connect(host).await.map_err(|error| error.to_string())?;
+    let mut stream = seam::connect_tcp(host).await.map_err(|error| error.to_string())?;
     let (mut from, mut to) = stream.split();
     let send = async {
         // It may be refused before all of it is sent.
@@ -201,7 +201,7 @@ async fn try_case(case: Arc<Case>, model: &str, host: SocketAddr) -> Result<(), 
     };
     let limit = Duration::from_secs(60);
     let (answers, ended) =
-        tokio::time::timeout(limit, both).await.map_err(|_| "no answer within a minute".to_owned())?;
+        seam::timeout(limit, both).await.map_err(|_| "no answer within a minute".to_owned())?;
     judge(&case, &answers, ended)
 }
 

@@ -17,11 +17,15 @@ fn options_are_a_filter_and_a_lane() {
     let options = |filter: Option<&str>, lane: Option<&str>| Options {
         filter: filter.map(str::to_owned),
         lane: lane.map(str::to_owned),
+        times: 0,
     };
     assert_eq!(given(&[]), Ok(options(None, None)));
     assert_eq!(given(&["lease"]), Ok(options(Some("lease"), None)));
     assert_eq!(given(&["--lane", "etcd", "lease"]), Ok(options(Some("lease"), Some("etcd"))));
     assert_eq!(given(&["--lane=doc"]), Ok(options(None, Some("doc"))));
+    let often = given(&["lease", "--times", "20"]).expect("it is right");
+    assert_eq!((often.filter.as_deref(), often.times), (Some("lease"), 20));
+    assert!(given(&["--times", "0"]).unwrap_err().contains("such as 20"));
 }
 
 #[test]
@@ -62,6 +66,7 @@ fn every_test_belongs_to_one_lane() {
 #[test]
 fn passed_tests_are_counted_in_both_formats() {
     let cargo = "test result: ok. 12 passed; 0 failed; 0 ignored\nx\ntest result: ok. 3 passed; 0 failed\n";
+    assert_eq!(count("Summary [ 8.445s] 1 test run: 1 passed, 498 skipped"), 1);
     assert_eq!(count(cargo), 15);
     assert_eq!(count("     Summary [   0.5s] 41 tests run: 40 passed, 1 failed, 0 skipped\n"), 40);
     assert_eq!(count("Summary [ 1s] 41 tests run: 41 passed (2 slow), 3 skipped"), 41);

@@ -2,8 +2,8 @@
 //
 //     node suite.mjs API_URL ADMIN_URL
 //
-// It runs in a folder where the package is installed. Every check has a name; `suite.py` has the same ones. Checks
-// for `best_of`, `echo`, `/tokenize` and `/detokenize` belong at the end of "completions".
+// It runs in a folder where the package is installed. Every check has a name; `suite.py` and
+// `suite_faults.py` have the same ones.
 
 import assert from "node:assert/strict";
 import { createRequire } from "node:module";
@@ -575,6 +575,15 @@ check("completions: a stream of several prompts", async () => {
 
 check("completions: an empty suffix and best_of 1 say nothing", async () => {
   same((await complete(PROMPT, { suffix: "", best_of: 1 })).choices[0].text, (await complete()).choices[0].text);
+});
+
+check("completions: the likeliest of best_of, and the prompt's echo", async () => {
+  const answer = await complete(PROMPT, { n: 1, best_of: 3, temperature: 1, seed: 5 });
+  same(answer.choices.length, 1);
+  assert(answer.usage.completion_tokens > answer.choices[0].text.length / 8);
+  const echoed = PROMPT + (await complete()).choices[0].text;
+  same((await complete(PROMPT, { echo: true })).choices[0].text, echoed);
+  same((await complete(PROMPT, { echo: true, max_tokens: 0 })).choices[0].text, PROMPT);
 });
 
 // --- errors

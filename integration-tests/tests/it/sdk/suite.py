@@ -3,124 +3,18 @@
     suite.py API_URL ADMIN_URL
 
 Every check has a name; `suite.mjs` has the same ones. Those of the asynchronous client stand only here, because
-Node has no other. Checks for `best_of`, `echo`, `/tokenize` and `/detokenize` belong at the end of "completions".
+Node has no other. `suite_faults.py` has the checks of errors and faults.
 """
 
 import asyncio
-import json
 import math
-import socket
 import sys
 import traceback
-import urllib.request
 
 import openai
 
-BASE, ADMIN = sys.argv[1], sys.argv[2]
-TIMEOUT = 120
-
-requests = 0
-
-
-def count(_request):
-    global requests
-    requests += 1
-
-
-async def count_async(request):
-    count(request)
-
-
-def sync_client(**options):
-    hooks = {"request": [count], "response": options.pop("on_response", [])}
-    http = openai.DefaultHttpxClient(event_hooks=hooks)
-    given = {"base_url": BASE, "api_key": "unused", "max_retries": 0, "timeout": TIMEOUT, "http_client": http}
-    return openai.OpenAI(**{**given, **options})
-
-
-def async_client():
-    http = openai.DefaultAsyncHttpxClient(event_hooks={"request": [count_async]})
-    return openai.AsyncOpenAI(base_url=BASE, api_key="unused", max_retries=0, timeout=TIMEOUT, http_client=http)
-
-
-client = sync_client()
-MODEL = client.models.list().data[0].id
-QUESTION = [{"role": "user", "content": "What is 2+2?"}]
-STORY = [{"role": "user", "content": "Tell me a story."}]
-PROMPT = "Once there was"
-IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
-TOOL = {"type": "function", "function": {"name": "f", "parameters": {}}}
-
-CHECKS, ASYNC_CHECKS = [], []
-
-
-def check(name):
-    return lambda function: (ASYNC_CHECKS if name.startswith("async: ") else CHECKS).append((name, function))
-
-
-def chat(messages=QUESTION, **given):
-    return client.chat.completions.create(**{"model": MODEL, "messages": messages, "temperature": 0,
-                                             "max_tokens": 24, **given})
-
-
-def complete(prompt=PROMPT, **given):
-    return client.completions.create(**{"model": MODEL, "prompt": prompt, "temperature": 0, "max_tokens": 12,
-                                        **given})
-
-
-def content(answer, choice=0):
-    return answer.choices[choice].message.content
-
-
-def said(stream, choice=0):
-    """The text of one choice of a stream of chat chunks."""
-    return "".join(c.delta.content or "" for chunk in stream for c in chunk.choices if c.index == choice)
-
-
-def drawn(answer):
-    """The token ids of an answer that was asked for them."""
-    return answer.choices[0].token_ids
-
-
-def same(a, b):
-    assert a == b, f"{a!r} is not {b!r}"
-
-
-def greedy_token():
-    """The token that a greedy answer to the question begins with."""
-    return drawn(chat(max_tokens=1, extra_body={"return_token_ids": True}))[0]
-
-
-def refused(kind, call, **given):
-    try:
-        call(**given)
-    except openai.APIError as error:
-        assert type(error) is kind, f"{type(error)} is not {kind}: {error}"
-        return error
-    raise AssertionError(f"{given} is not refused")
-
-
-def wrong(call, code, param, **given):
-    error = refused(openai.BadRequestError, call, **given)
-    same((error.status_code, error.code, error.param), (400, code, param))
-    same(error.type, "invalid_request_error")
-    assert error.body["message"] and error.request_id
-
-
-def admin(method, path):
-    request = urllib.request.Request(ADMIN + path, method=method)
-    with urllib.request.urlopen(request, timeout=30) as response:
-        assert response.status == 200
-
-
-def workers():
-    with urllib.request.urlopen(f"{ADMIN}/admin/cluster", timeout=30) as response:
-        return [worker["id"] for worker in json.load(response)["workers"]]
-
-
-def cordon(wanted):
-    for worker in workers():
-        admin("POST" if wanted else "DELETE", f"/admin/workers/{worker}/cordon")
+import cluster
+from cluster import *
 
 
 # --- models
@@ -670,249 +564,13 @@ def _():
     same(complete(suffix="", best_of=1).choices[0].text, complete().choices[0].text)
 
 
-# --- errors
-
-
-@check("errors: an unknown model is not found")
+@check("completions: the likeliest of best_of, and the prompt's echo")
 def _():
-    for call in (chat, complete):
-        error = refused(openai.NotFoundError, call, model="other")
-        same((error.status_code, error.code, error.param), (404, "model_not_found", "model"))
-
-
-@check("errors: temperature out of range")
-def _():
-    wrong(chat, "invalid_value", "temperature", temperature=2.5)
-
-
-@check("errors: no messages")
-def _():
-    wrong(chat, "invalid_value", "messages", messages=[])
-
-
-@check("errors: a role that nobody has")
-def _():
-    wrong(chat, "invalid_value", "messages[0].role", messages=[{"role": "cook", "content": "hi"}])
-
-
-@check("errors: more than the context has")
-def _():
-    wrong(chat, "context_length_exceeded", "messages", max_tokens=10**6)
-    wrong(complete, "context_length_exceeded", "prompt", prompt=[1] * 2048)
-
-
-@check("errors: tools are not supported")
-def _():
-    wrong(chat, "unsupported_parameter", "tools", tools=[TOOL])
-
-
-@check("errors: a JSON schema is not supported")
-def _():
-    schema = {"type": "json_schema", "json_schema": {"name": "s", "schema": {}}}
-    wrong(chat, "unsupported_parameter", "response_format", response_format=schema)
-
-
-@check("errors: an image is not supported")
-def _():
-    wrong(chat, "unsupported_parameter", "messages[0].content[0]", messages=[{"role": "user", "content": [IMAGE]}])
-
-
-@check("errors: too many choices")
-def _():
-    wrong(chat, "invalid_value", "n", n=1000)
-
-
-@check("errors: a bias for no token")
-def _():
-    wrong(chat, "invalid_value", "logit_bias", logit_bias={"99999": 1})
-
-
-@check("errors: top_logprobs without logprobs")
-def _():
-    wrong(chat, "invalid_value", "top_logprobs", top_logprobs=2)
-
-
-@check("errors: too many stop strings")
-def _():
-    wrong(chat, "invalid_value", "stop", stop=["a", "b", "c", "d", "e"])
-
-
-@check("errors: usage of a stream that is none")
-def _():
-    wrong(chat, "invalid_value", "stream_options", stream_options={"include_usage": True})
-
-
-@check("errors: a prompt of the wrong kind")
-def _():
-    wrong(complete, "invalid_value", "prompt", prompt=7)
-    wrong(complete, "invalid_value", "prompt", prompt=[99999])
-
-
-@check("errors: a suffix is not supported")
-def _():
-    wrong(complete, "unsupported_parameter", "suffix", suffix="x")
-
-
-@check("errors: a path that is not there")
-def _():
-    error = refused(openai.NotFoundError, client.images.generate, model=MODEL, prompt="x")
-    same((error.status_code, error.code), (404, "not_found"))
-
-
-# --- faults of the network and of the cluster
-
-
-@check("faults: a time-out is the package's own error")
-def _():
-    hasty = client.with_options(timeout=0.05)
-    error = refused(openai.APITimeoutError, hasty.chat.completions.create, model=MODEL, messages=STORY,
-                    max_tokens=1500, extra_body={"ignore_eos": True})
-    assert isinstance(error, openai.APIConnectionError)
-
-
-@check("faults: a connection that fails")
-def _():
-    with socket.socket() as unused:
-        # Bound and not listening: nobody else gets the port while this is tried.
-        unused.bind(("127.0.0.1", 0))
-        base = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        refused(openai.APIConnectionError, sync_client(base_url=base).models.list)
-
-
-@check("faults: no worker is a 503 that says when to try again")
-def _():
-    cordon(True)
-    try:
-        for stream in (False, True):
-            error = refused(openai.InternalServerError, chat, stream=stream)
-            same((error.status_code, error.code, error.type), (503, "no_worker", "server_error"))
-            same(error.response.headers["retry-after"], "1")
-    finally:
-        cordon(False)
-
-
-@check("faults: a 503 is tried again")
-def _():
-    statuses = []
-
-    def on_response(response):
-        statuses.append(response.status_code)
-        if response.status_code == 503:
-            cordon(False)
-
-    cordon(True)
-    try:
-        again = sync_client(max_retries=2, on_response=[on_response])
-        answer = again.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=24)
-    finally:
-        cordon(False)
-    same(statuses, [503, 200])
-    same(content(answer), content(chat()))
-
-
-@check("faults: a 400 is not tried again")
-def _():
-    statuses = []
-    again = sync_client(max_retries=2, on_response=[lambda response: statuses.append(response.status_code)])
-    refused(openai.BadRequestError, again.chat.completions.create, model=MODEL, messages=[])
-    same(statuses, [400])
-
-
-# --- many at once: the asynchronous client
-
-
-@check("async: models, chat and completions")
-async def _(client):
-    same([model.id async for model in client.models.list()], [MODEL])
-    answer = await client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=0, max_tokens=24)
-    same(content(answer), content(chat()))
-    answer = await client.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12)
-    same(answer.choices[0].text, complete().choices[0].text)
-
-
-@check("async: a stream of chunks")
-async def _(client):
-    stream = await client.chat.completions.create(model=MODEL, messages=STORY, temperature=0, max_tokens=24, stream=True)
-    same(said([chunk async for chunk in stream]), content(chat(STORY)))
-
-
-@check("async: a stream of completions")
-async def _(client):
-    stream = await client.completions.create(model=MODEL, prompt=PROMPT, temperature=0, max_tokens=12, stream=True)
-    same("".join([chunk.choices[0].text async for chunk in stream]), complete().choices[0].text)
-
-
-@check("async: the package's helper puts the chunks together")
-async def _(client):
-    async with client.chat.completions.stream(model=MODEL, messages=QUESTION, temperature=0, max_tokens=24) as stream:
-        same(content(await stream.get_final_completion()), content(chat()))
-
-
-@check("async: raw and streaming responses")
-async def _(client):
-    given = {"model": MODEL, "messages": QUESTION, "temperature": 0, "max_tokens": 24}
-    raw = await client.chat.completions.with_raw_response.create(**given)
-    same((raw.status_code, content(raw.parse())), (200, content(chat())))
-    async with client.chat.completions.with_streaming_response.create(**given) as response:
-        same(content(await response.parse()), content(chat()))
-
-
-@check("async: errors")
-async def _(client):
-    try:
-        await client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=9)
-    except openai.BadRequestError as error:
-        same((error.code, error.param), ("invalid_value", "temperature"))
-    else:
-        raise AssertionError("not refused")
-
-
-@check("async: a time-out")
-async def _(client):
-    hasty = client.with_options(timeout=0.05)
-    try:
-        await hasty.chat.completions.create(model=MODEL, messages=STORY, max_tokens=1500,
-                                            extra_body={"ignore_eos": True})
-    except openai.APITimeoutError:
-        return
-    raise AssertionError("no time-out")
-
-
-@check("async: a client may leave early and come back")
-async def _(client):
-    stream = await client.chat.completions.create(model=MODEL, messages=STORY, max_tokens=1500, stream=True,
-                                                  extra_body={"ignore_eos": True})
-    async with stream:
-        await anext(aiter(stream))
-    assert await client.models.retrieve(MODEL)
-
-
-@check("many: sixteen at once answer as one does")
-def _():
-    async def all_at_once():
-        async with async_client() as many:
-            one = many.chat.completions.create
-            given = {"model": MODEL, "messages": STORY, "temperature": 1, "max_tokens": 12}
-            return await asyncio.gather(*(one(**given, seed=seed % 4) for seed in range(16)))
-
-    answers = [content(answer) for answer in asyncio.run(all_at_once())]
-    alone = [content(chat(STORY, temperature=1, max_tokens=12, seed=seed)) for seed in range(4)]
-    same(answers, alone * 4)
-
-
-@check("many: sixteen streams at once are each whole")
-def _():
-    async def one(many, seed):
-        stream = await many.chat.completions.create(model=MODEL, messages=STORY, temperature=1, max_tokens=12,
-                                                    seed=seed % 4, stream=True)
-        return said([chunk async for chunk in stream])
-
-    async def all_at_once():
-        async with async_client() as many:
-            return await asyncio.gather(*(one(many, seed) for seed in range(16)))
-
-    alone = [content(chat(STORY, temperature=1, max_tokens=12, seed=seed)) for seed in range(4)]
-    same(asyncio.run(all_at_once()), alone * 4)
+    answer = complete(n=1, best_of=3, temperature=1, seed=5)
+    same(len(answer.choices), 1)
+    assert answer.usage.completion_tokens > len(answer.choices[0].text) / 8
+    same(complete(echo=True).choices[0].text, PROMPT + complete().choices[0].text)
+    same(complete(echo=True, max_tokens=0).choices[0].text, PROMPT)
 
 
 def run_async(function):
@@ -921,6 +579,9 @@ def run_async(function):
             await function(client)
 
     asyncio.run(with_client())
+
+
+import suite_faults  # noqa: E402,F401 (its checks come last)
 
 
 def main():
@@ -934,7 +595,7 @@ def main():
             print(f"FAILED: {name}", file=sys.stderr)
             traceback.print_exc()
     total = len(CHECKS) + len(ASYNC_CHECKS)
-    print(f"{total - len(failed)} of {total} checks passed with {requests} requests")
+    print(f"{total - len(failed)} of {total} checks passed with {cluster.requests} requests")
     if failed:
         sys.exit("FAILED: " + "; ".join(failed))
 
