@@ -62,7 +62,14 @@ pub fn folder() -> PathBuf {
 /// # Panics
 /// If a name is there twice, or there are too few.
 pub fn checks(suite: &str) -> BTreeSet<String> {
-    let text = std::fs::read_to_string(folder().join(suite)).expect("it is committed");
+    // Of a suite in two files, the second has its name with `_faults`.
+    let (stem, kind) = suite.rsplit_once('.').expect("a file of a language");
+    let read = |file: &Path| std::fs::read_to_string(file).expect("it is committed");
+    let mut text = read(&folder().join(suite));
+    let second = folder().join(format!("{stem}_faults.{kind}"));
+    if second.exists() {
+        text.push_str(&read(&second));
+    }
     let quoted = |line: &str| {
         let call = line.strip_prefix('@').unwrap_or(line).strip_prefix("check(\"")?;
         Some(call.split_once('"')?.0.to_owned())
