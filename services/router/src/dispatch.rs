@@ -124,10 +124,8 @@ impl Dispatcher {
             return Err(self.no_worker());
         }
         self.check_chance(&request, &candidates)?;
-        let saved = self.retries.fetch_add(1, Ordering::Relaxed);
-        if saved >= RETRIES_SAVED {
-            self.retries.store(RETRIES_SAVED, Ordering::Relaxed);
-        }
+        let earn = |saved: i64| (saved < RETRIES_SAVED).then_some(saved + 1);
+        let _ = self.retries.fetch_update(Ordering::Relaxed, Ordering::Relaxed, earn);
         let (out, events) = mpsc::channel(CLIENT_QUEUE);
         let record = self.records.begin(&request);
         self.metrics.request_begins();

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`.
 
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::State;
@@ -20,12 +21,14 @@ use super::fields::{self, Fields, Kind, Raw, kind};
 use super::parameters::Parameters;
 use super::sse::{self, Chunks};
 use super::{App, RequestName, read_body};
-use crate::request::Route;
+use crate::request::{DispatchError, Route};
 use crate::text::{Message, Model};
 
 /// What a model's version is known by to clients that compare seeds.
 pub(super) const FINGERPRINT: &str = concat!("tandem-", env!("CARGO_PKG_VERSION"));
 
+/// A long text waits so long for its turn to be read.
+const TURN: Duration = Duration::from_secs(30);
 /// Messages of a chat at most.
 const MESSAGES_MAX: usize = 16_384;
 
@@ -70,7 +73,7 @@ fn read(body: Bytes, model: &Model) -> Result<(Parameters, Arc<[TokenId]>), ApiE
     let logprobs = take_logprobs(&mut fields)?;
     let limits = [("max_completion_tokens", 1), ("max_tokens", 1)];
     let parameters = Parameters::take(&mut fields, model, &limits, logprobs)?;
-    if fields.has("best_of") {
+    if fields.integer("best_of", 1, i64::MAX)?.is_some_and(|best_of| best_of > 1) {
         return Err(ApiError::unsupported("best_of", "best_of is for /v1/completions"));
     }
     let chat = Chat::take(&mut fields, model)?;
@@ -222,14 +225,22 @@ pub(super) async fn off_network<T: Send + 'static>(
     bytes: usize,
     work: impl FnOnce() -> T + Send + 'static,
 ) -> Result<T, ApiError> {
-    static THREADS: LazyLock<Semaphore> =
-        LazyLock::new(|| Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)));
+    static THREADS: LazyLock<Arc<Semaphore>> = LazyLock::new(|| {
+        Arc::new(Semaphore::new(std::thread::available_parallelism().map_or(1, usize::from)))
+    });
     if bytes < 8192 {
         return Ok(work());
     }
-    let _turn = THREADS.acquire().await.expect("it is never closed");
+    let turn = seam::timeout(TURN, THREADS.clone().acquire_owned()).await;
+    let turn = turn.map_err(|_| DispatchError::Overloaded { retry_after: Duration::from_secs(1) })?;
+    let turn = turn.expect("it is never closed");
+    let work = move || {
+        // A client that leaves does not end the work, so the turn goes with the work.
+        let _turn = turn;
+        work()
+    };
     let done = tokio::task::spawn_blocking(work).await;
-    done.map_err(|_| crate::request::DispatchError::Internal("tokenizing panicked".into()).into())
+    done.map_err(|_| DispatchError::Internal("tokenizing panicked".into()).into())
 }
 
 /// Writes chat completions.

@@ -17,6 +17,8 @@ use xxhash_rust::xxh3::Xxh3Builder;
 
 /// Pieces remembered, in each of two generations: the older one is forgotten when the younger is full.
 const PIECES_MAX: usize = 32_768;
+/// Pieces looked up before others get their turn to remember some.
+const PIECES_AT_ONCE: usize = 1024;
 /// Bytes of a piece that is remembered, at most.
 const PIECE_BYTES_MAX: usize = 64;
 
@@ -28,9 +30,11 @@ pub(super) struct Encoder {
     /// So many digits in a row are a word of their own, if that is how the pattern has it.
     digits: Option<usize>,
     /// Tokens that begin and end every text.
-    frame: (Vec<TokenId>, Vec<TokenId>),
+    frame: Frame,
 }
 
+/// What stands before every text, and behind it.
+type Frame = (Vec<TokenId>, Vec<TokenId>);
 type Generation = HashMap<Box<str>, Box<[TokenId]>, Xxh3Builder>;
 
 struct Pieces {
@@ -44,8 +48,8 @@ impl Encoder {
         let frame = frame(&tokenizer)?;
         let facts = std::fs::read(file).map_err(|error| error.to_string())?;
         let facts: Facts = serde_json::from_slice(&facts).map_err(|error| error.to_string())?;
-        let pieces = facts.cuts_at_words().then(|| RwLock::new(Pieces::new()));
-        Ok(Encoder { tokenizer, pieces, digits: facts.digits(), frame })
+        let pieces = (facts.cuts_at_words() && frame.is_some()).then(|| RwLock::new(Pieces::new()));
+        Ok(Encoder { tokenizer, pieces, digits: facts.digits(), frame: frame.unwrap_or_default() })
     }
 
     pub(super) fn tokenizer(&self) -> &Tokenizer {
@@ -55,36 +59,40 @@ impl Encoder {
     /// Tokens of a text; `add_special`: with those that begin and end every text.
     pub(super) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<TokenId>, String> {
         let Some(pieces) = &self.pieces else { return self.whole(text, add_special) };
+        let read = || pieces.read().expect("nothing panics under this lock");
         let mut ids = Vec::with_capacity(text.len() / 3 + 8);
-        let mut new: Vec<(&str, Box<[TokenId]>)> = Vec::new();
         if add_special {
             ids.extend_from_slice(&self.frame.0);
         }
-        {
-            let known = pieces.read().expect("nothing panics under this lock");
-            let mut rest = text;
-            while !rest.is_empty() {
-                let (piece, after) = rest.split_at(first_cut(rest, self.digits));
-                rest = after;
-                if let Some(found) = known.young.get(piece) {
-                    ids.extend_from_slice(found);
+        let (mut rest, mut known, mut held) = (text, read(), 0);
+        while !rest.is_empty() {
+            let (piece, after) = rest.split_at(first_cut(rest, self.digits));
+            rest = after;
+            held += 1;
+            if let Some(found) = known.young.get(piece) {
+                ids.extend_from_slice(found);
+                if held < PIECES_AT_ONCE {
                     continue;
                 }
-                let found = match known.old.get(piece) {
-                    Some(found) => found.clone(),
+                drop(known);
+            } else {
+                let old = known.old.get(piece).cloned();
+                // Whoever remembers something waits for all who read, and they for him: not while the tokenizer works.
+                drop(known);
+                let found = match old {
+                    Some(found) => found,
                     None => self.whole(piece, false)?.into_boxed_slice(),
                 };
                 ids.extend_from_slice(&found);
                 if piece.len() <= PIECE_BYTES_MAX {
-                    new.push((piece, found));
+                    pieces.write().expect("nothing panics under this lock").remember(piece, found);
                 }
             }
+            (known, held) = (read(), 0);
         }
+        drop(known);
         if add_special {
             ids.extend_from_slice(&self.frame.1);
-        }
-        if !new.is_empty() {
-            pieces.write().expect("nothing panics under this lock").remember(new);
         }
         Ok(ids)
     }
@@ -103,14 +111,12 @@ impl Pieces {
         Pieces { young: generation(), old: generation() }
     }
 
-    fn remember(&mut self, new: Vec<(&str, Box<[TokenId]>)>) {
-        for (piece, ids) in new {
-            if self.young.len() >= PIECES_MAX {
-                std::mem::swap(&mut self.young, &mut self.old);
-                self.young.clear();
-            }
-            self.young.insert(piece.into(), ids);
+    fn remember(&mut self, piece: &str, ids: Box<[TokenId]>) {
+        if self.young.len() >= PIECES_MAX {
+            std::mem::swap(&mut self.young, &mut self.old);
+            self.young.clear();
         }
+        self.young.insert(piece.into(), ids);
     }
 }
 
@@ -149,18 +155,15 @@ fn is_letter(c: char) -> bool {
         | '\u{400}'..='\u{481}' | '\u{48a}'..='\u{52f}')
 }
 
-/// What a tokenizer puts around every text.
-fn frame(tokenizer: &Tokenizer) -> Result<(Vec<TokenId>, Vec<TokenId>), String> {
+/// What a tokenizer puts around every text: before it and behind it, if it is as simple as that.
+fn frame(tokenizer: &Tokenizer) -> Result<Option<Frame>, String> {
     let ids = |special| {
         let encoded = tokenizer.encode_fast("a", special).map_err(|error| error.to_string());
         encoded.map(|encoded| encoded.get_ids().to_vec())
     };
     let (with, without) = (ids(true)?, ids(false)?);
     let at = with.windows(without.len().max(1)).position(|window| window == without);
-    match at {
-        Some(at) => Ok((with[..at].to_vec(), with[at + without.len()..].to_vec())),
-        None => Ok((Vec::new(), Vec::new())),
-    }
+    Ok(at.map(|at| (with[..at].to_vec(), with[at + without.len()..].to_vec())))
 }
 
 /// What of `tokenizer.json` decides about cuts.
