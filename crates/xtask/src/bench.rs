@@ -81,6 +81,21 @@ const BENCHES: &[Bench] = &[
             program: "gateway-cost",
         }],
     },
+    Bench {
+        name: "overload",
+        what: "ten times the load that a cluster can serve, a stream of a million tokens, and ten thousand short\n           \
+               ones (--slo TARGETS, --rounds N, --seconds N, --quick, --json FILE)",
+        parts: &[Part {
+            name: "overload",
+            build: &[
+                "--package=tandem-integration-tests",
+                "--bin=overload",
+                "--package=tandem",
+                "--bin=tandem",
+            ],
+            program: "overload",
+        }],
+    },
 ];
 
 /// The benches with what they measure, one a line.

@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 mod bench;
 mod chaos;
+mod fuzz;
 mod protoc;
 mod test;
 mod tidy;
@@ -15,7 +16,7 @@ mod tools;
 mod up;
 mod workspace;
 
-const COMMANDS: &[&str] = &["up", "test", "chaos", "bench", "tidy", "protoc-path", "help"];
+const COMMANDS: &[&str] = &["up", "test", "chaos", "fuzz", "bench", "tidy", "protoc-path", "help"];
 
 fn main() -> ExitCode {
     let arguments: Vec<String> =
@@ -44,6 +45,7 @@ fn run(arguments: &[String]) -> Result<(), String> {
         "up" => up::up(rest)?,
         "test" => test::test(&test::options(rest)?)?,
         "chaos" => chaos::chaos(rest)?,
+        "fuzz" => fuzz::fuzz(rest)?,
         "bench" => bench::bench(rest)?,
         "tidy" => without_arguments(command, rest).and_then(|()| tidy::tidy())?,
         "protoc-path" => {
@@ -75,11 +77,15 @@ cargo xtask chaos --level failpoints|processes [--runs N] [--seed S]
                                           a case that fails names the command that repeats it
 cargo xtask chaos --level soak [--requests N] [--seed S]
                                           very many requests, a third of which leave at a random moment
+cargo xtask fuzz [TARGET...] [--seconds N]
+                                          try bytes by the million, N seconds (60) per target
 cargo xtask bench NAME [OPTIONS]          build a bench in release and run it
 cargo xtask tidy                          check the rules of the layout, licences and sources
 cargo xtask protoc-path                   print a path under which this program is a protoc
 
 Lanes of `cargo xtask test`:
+{}
+Targets of `cargo xtask fuzz`:
 {}
 Benches of `cargo xtask bench`:
 {}
@@ -87,6 +93,7 @@ On Debian as root missing tools are installed; elsewhere their lane is skipped a
 with CI=true is a failure.
 ",
         test::lanes(),
+        fuzz::targets(),
         bench::benches()
     )
 }
@@ -100,7 +107,7 @@ mod tests {
         let run = |words: &[&str]| run(&words.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>());
         assert_eq!(
             run(&["tests"]).unwrap_err(),
-            "there is no command `tests`: it is one of up, test, chaos, bench, tidy, protoc-path, help"
+            "there is no command `tests`: it is one of up, test, chaos, fuzz, bench, tidy, protoc-path, help"
         );
         assert!(run(&["tidy", "now"]).unwrap_err().contains("no arguments"));
         assert!(run(&["test", "--lane", "x"]).unwrap_err().contains("rust, etcd"));

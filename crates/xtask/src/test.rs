@@ -7,7 +7,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::tools::Tool;
+use crate::fuzz;
+use crate::tools::{self, Tool};
 use crate::workspace;
 
 /// Tests that need the same things. A test belongs to a lane by a word in its name.
@@ -26,6 +27,8 @@ enum Kind {
     Needs(Tool),
     /// The model of hand-offs. A build of its own: its feature is to be on nowhere else.
     Model,
+    /// The fuzzer's targets. A build of its own too: there are counters in all of its code.
+    Fuzz,
     /// Examples in the documentation.
     Doc,
 }
@@ -56,6 +59,11 @@ const LANES: &[Lane] = &[
         name: "model",
         what: "hand-offs in every order of events (TANDEM_MODEL=full takes the full bounds)",
         kind: Kind::Model,
+    },
+    Lane {
+        name: "fuzz",
+        what: "each fuzz target for a minute (`cargo xtask fuzz` runs them longer)",
+        kind: Kind::Fuzz,
     },
     Lane { name: "doc", what: "examples in the documentation", kind: Kind::Doc },
 ];
@@ -168,9 +176,11 @@ fn lanes_once(
             Kind::Needs(tool) => {
                 tool.prepare(&workspace.root, &workspace.target).map(|program| Some((tool, program)))
             }
+            Kind::Fuzz => tools::cxx().map(|()| None),
             Kind::Rest | Kind::Model | Kind::Doc => Ok(None),
         };
         let outcome = match prepared {
+            Ok(_) if lane.kind == Kind::Fuzz => fuzzed(workspace, options.filter.is_some()),
             Ok(tool) => {
                 runner.environment.extend(tool.map(|(tool, program)| (tool.variable().to_owned(), program)));
                 runner.lane(lane)?
@@ -180,6 +190,23 @@ fn lanes_once(
         table.push((lane.name, outcome, started.elapsed()));
     }
     Ok(())
+}
+
+/// Runs the fuzzer's targets, which no filter names.
+fn fuzzed(workspace: &workspace::Workspace, filtered: bool) -> Outcome {
+    if filtered {
+        return Outcome::Passed(0);
+    }
+    match fuzz::run_all(workspace) {
+        Ok(lines) => {
+            eprintln!("{}", lines.join("\n"));
+            Outcome::Passed(lines.len() as u64)
+        }
+        Err(why) => {
+            eprintln!("{why}");
+            Outcome::Failed
+        }
+    }
 }
 
 #[allow(clippy::disallowed_methods)] // a tool on its own, not part of a cluster that is simulated

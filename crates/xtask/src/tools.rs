@@ -74,6 +74,14 @@ impl Tool {
     }
 }
 
+/// Sees to a C++ compiler, or says why there is none.
+pub fn cxx() -> Result<(), String> {
+    if env::var_os("CXX").is_some() || find("c++").is_some() {
+        return Ok(());
+    }
+    install(&["g++"]).map_err(|why| format!("a C++ compiler is missing ({why})"))
+}
+
 fn etcd() -> Result<PathBuf, String> {
     if let Some(found) = find("etcd") {
         return Ok(found);

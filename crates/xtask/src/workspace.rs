@@ -65,6 +65,16 @@ pub fn cargo() -> Command {
     cargo
 }
 
+/// The triple of this machine, as the compiler names it.
+pub fn host() -> Result<String, String> {
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let output =
+        Command::new(rustc).arg("-vV").output().map_err(|error| format!("cannot run rustc: {error}"))?;
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    let host = text.lines().find_map(|line| line.strip_prefix("host: "));
+    host.map(str::to_owned).ok_or_else(|| "rustc names no host".to_owned())
+}
+
 /// A copy of this program for build scripts that want a `protoc`. To be made before cargo builds anything: a
 /// build replaces this program, and then it no longer finds itself.
 pub fn protoc(target: &Path) -> Result<PathBuf, String> {

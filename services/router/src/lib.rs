@@ -29,6 +29,8 @@ use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{Kind, Membership, Registration, RegistrationGuard};
 use tandem_types::{Incarnation, WorkerState};
 
+#[cfg(feature = "fuzz")]
+pub use api::fuzz;
 pub use config::{PlannerMode, RouterConfig};
 pub use process::process_main;
 pub use request::{DispatchError, GenerateEvent, GenerateRequest, Generation, Route};

@@ -63,6 +63,9 @@ pub struct UpConfig {
     /// Latency targets, such as ttft=1s,tpot=50ms: what can still meet them is computed first, what cannot is shed
     #[arg(long)]
     pub slo: Option<Slo>,
+    /// Requests that may wait for a worker to begin them; more get 503
+    #[arg(long, default_value_t = 256)]
+    pub queue_max: usize,
     /// Address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     pub bind: IpAddr,
@@ -144,6 +147,9 @@ impl UpConfig {
         if self.workers().is_empty() {
             return Err("no worker is left: give --prefill, --decode or --mixed a number above 0".into());
         }
+        if self.queue_max == 0 {
+            return Err("--queue-max must be at least 1".into());
+        }
         if self.encoder > 0 {
             return Err("--encoder: this version has no encoder workers".into());
         }
@@ -224,6 +230,7 @@ impl UpConfig {
             policy: self.policy.clone(),
             planner: self.planner,
             slo: self.slo,
+            queue_max: self.queue_max,
             drain_timeout: self.drain_timeout,
             telemetry: self.telemetry.clone(),
             ..RouterConfig::defaults()

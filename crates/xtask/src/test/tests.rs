@@ -33,7 +33,7 @@ fn a_wrong_option_names_the_right_ones() {
     assert!(
         given(&["--lane", "etc"])
             .unwrap_err()
-            .contains("rust, etcd, openai, nodejs, schemathesis, model, doc")
+            .contains("rust, etcd, openai, nodejs, schemathesis, model, fuzz, doc")
     );
     assert!(given(&["--lane"]).unwrap_err().contains("rust, etcd"));
     assert!(given(&["--lanes=etcd"]).unwrap_err().contains("--lane NAME"));

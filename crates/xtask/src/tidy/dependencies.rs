@@ -137,7 +137,7 @@ fn breaches(workspace: &Workspace, package: &Package, rule: &Rule) -> Vec<Failur
 fn on_services(workspace: &Workspace, package: &Package) -> Vec<Failure> {
     let in_services =
         |package: &Package| package.folder.as_ref().is_some_and(|folder| folder.starts_with("services"));
-    if ["tandem", "tandem-integration-tests"].contains(&package.name.as_str()) {
+    if ["tandem", "tandem-integration-tests", "tandem-fuzz"].contains(&package.name.as_str()) {
         return Vec::new();
     }
     let direct = package

@@ -50,13 +50,8 @@ async fn chat(
     let (parameters, prompt) = off_network(body.len(), move || read(body, &model)).await??;
     let answer = Answer::begin(&app, &name, &headers, vec![prompt], None, &parameters, "messages").await?;
 
-    let writer = Writer {
-        id: format!("chatcmpl-{}", name.0),
-        created: seam::unix_time().as_secs(),
-        model: app.model.clone(),
-        parameters: parameters.clone(),
-        prompt: answer.prompts[0].clone(),
-    };
+    let id = format!("chatcmpl-{}", name.0);
+    let writer = Writer::new(id, app.model.clone(), parameters.clone(), answer.prompts[0].clone());
     let route = answer.route.clone();
     let mut response = if parameters.stream {
         sse::respond(answer, writer, parameters.include_usage)
@@ -68,7 +63,7 @@ async fn chat(
 }
 
 /// From a body to a valid request.
-fn read(body: Bytes, model: &Model) -> Result<(Parameters, Arc<[TokenId]>), ApiError> {
+pub(super) fn read(body: Bytes, model: &Model) -> Result<(Parameters, Arc<[TokenId]>), ApiError> {
     let mut fields = Fields::parse(&body)?;
     let logprobs = take_logprobs(&mut fields)?;
     let limits = [("max_completion_tokens", 1), ("max_tokens", 1)];
@@ -244,7 +239,7 @@ pub(super) async fn off_network<T: Send + 'static>(
 }
 
 /// Writes chat completions.
-struct Writer {
+pub(super) struct Writer {
     id: String,
     created: u64,
     model: Arc<Model>,
@@ -329,6 +324,15 @@ struct Entry {
 }
 
 impl Writer {
+    pub(super) fn new(
+        id: String,
+        model: Arc<Model>,
+        parameters: Parameters,
+        prompt: Arc<[TokenId]>,
+    ) -> Writer {
+        Writer { id, created: seam::unix_time().as_secs(), model, parameters, prompt }
+    }
+
     async fn whole(self, mut answer: Answer) -> Result<Response, ApiError> {
         let choices = answer.collect().await?;
         let choices = choices.iter().enumerate().map(|(index, choice)| {

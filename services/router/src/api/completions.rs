@@ -61,9 +61,9 @@ async fn complete(
 }
 
 /// From a body to a valid request: its parameters, the prompts in tokens, and their texts if answers begin with them.
-type Read = (Parameters, Vec<Arc<[TokenId]>>, Option<Vec<String>>);
+pub(super) type Read = (Parameters, Vec<Arc<[TokenId]>>, Option<Vec<String>>);
 
-fn read(body: Bytes, model: &Model) -> Result<Read, ApiError> {
+pub(super) fn read(body: Bytes, model: &Model) -> Result<Read, ApiError> {
     let mut fields = Fields::parse(&body)?;
     let logprobs = fields.integer("logprobs", 0, 5)?.map(|top| top as u32);
     let echo = fields.bool("echo")?.unwrap_or(false);

@@ -5,6 +5,8 @@ mod chat;
 mod completions;
 mod error;
 mod fields;
+#[cfg(any(test, feature = "fuzz"))]
+pub(crate) mod fuzz;
 mod health;
 mod models;
 mod parameters;

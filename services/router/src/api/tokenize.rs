@@ -30,7 +30,7 @@ async fn tokenize(
     off_network(body.len(), move || tokenized(&body, &model)).await?.map(Json)
 }
 
-fn tokenized(body: &[u8], model: &Model) -> Result<Value, ApiError> {
+pub(super) fn tokenized(body: &[u8], model: &Model) -> Result<Value, ApiError> {
     let mut fields = Fields::parse(body)?;
     check_model_if_named(&mut fields, model)?;
     let texts = fields.bool("return_token_strs")?.unwrap_or(false);
@@ -64,7 +64,7 @@ async fn detokenize(
     off_network(body.len(), move || detokenized(&body, &model)).await?.map(Json)
 }
 
-fn detokenized(body: &[u8], model: &Model) -> Result<Value, ApiError> {
+pub(super) fn detokenized(body: &[u8], model: &Model) -> Result<Value, ApiError> {
     let mut fields = Fields::parse(body)?;
     check_model_if_named(&mut fields, model)?;
     let tokens = fields.take("tokens").ok_or_else(|| ApiError::invalid("tokens", "tokens is missing"))?;

@@ -122,7 +122,7 @@ mod tests {
 
     /// The same model, as if its decoder needed context.
     fn by_window() -> Model {
-        Model { vocabulary: None, ..model() }
+        model().without_vocabulary()
     }
 
     fn whole(model: &Model, ids: &[TokenId], skip: bool) -> String {

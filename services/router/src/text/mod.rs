@@ -132,12 +132,32 @@ impl Model {
             if i % 2 == 0 {
                 ids.extend(self.encode_pieces(part)?);
             } else {
-                let index: usize =
-                    part.parse().map_err(|_| TemplateError::Render("the template changes text".into()))?;
-                ids.extend(&self.specials[index].1);
+                // A template may change or repeat text, and prints marks of a request that are not ours.
+                let special = part.parse().ok().and_then(|index: usize| self.specials.get(index));
+                let changed = || TemplateError::Render("the template changes text".into());
+                ids.extend(&special.ok_or_else(changed)?.1);
             }
         }
         Ok(ids)
+    }
+
+    /// As if its decoder had to see tokens in their context.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn without_vocabulary(self) -> Model {
+        Model { vocabulary: None, ..self }
+    }
+
+    /// With another template.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn with_template(self, source: &str) -> Result<Model, String> {
+        let template = Template::new(source.to_owned(), String::new(), String::new())?;
+        Ok(Model { template: Some(template), ..self })
+    }
+
+    /// Whether a token is one that only templates write.
+    #[cfg(any(test, feature = "fuzz"))]
+    pub(crate) fn is_control(&self, id: TokenId) -> bool {
+        self.specials.iter().any(|(text, _)| self.encoder.tokenizer().token_to_id(text) == Some(id))
     }
 
     fn encode_pieces(&self, text: &str) -> Result<Vec<TokenId>, TemplateError> {

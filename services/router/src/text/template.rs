@@ -57,11 +57,17 @@ impl Template {
             let token = &config[key];
             token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default().to_owned()
         };
+        Template::new(source, token("bos_token"), token("eos_token"))
+            .map(Some)
+            .map_err(|fact| OpenError { file, fact })
+    }
+
+    /// From its source; the error says what is wrong with it.
+    pub(super) fn new(source: String, bos: String, eos: String) -> Result<Template, String> {
         let mut environment = environment();
-        environment
-            .add_template_owned(NAME, source)
-            .map_err(|error| OpenError { file, fact: format!("the chat template is broken: {error:#}") })?;
-        Ok(Some(Template { environment, bos: token("bos_token"), eos: token("eos_token") }))
+        let added = environment.add_template_owned(NAME, source);
+        added.map_err(|error| format!("the chat template is broken: {error:#}"))?;
+        Ok(Template { environment, bos, eos })
     }
 
     pub(crate) fn render(

@@ -1,0 +1,240 @@
+//! What too much of everything does to a router: `cargo xtask bench overload` runs this.
+//!
+//! Ten times the load that a cluster can serve: how fast a refusal is, and how much of the best goodput is left. One
+//! stream of very many tokens: by how much the router grows for each. Ten thousand streams of ten tokens: what the
+//! router holds at the end, and what it held after a tenth of them. Workers are processes of their own; the load is
+//! `tandem bench`.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tandem_chassis::group::Group;
+use tandem_chassis::seam;
+use tandem_integration_tests::ProcessCluster;
+use tandem_integration_tests::processes::tandem;
+
+const HELP: &str = "overload [--slo ttft=2s,tpot=500ms] [--rounds N] [--seconds N] [--quick] [--json FILE]";
+
+/// A cluster that serves few enough requests for one client to send it ten times as many.
+const SLOW: [&str; 7] =
+    ["--processes", "--fake=qwen3-8b@h200,slow=20", "--prefill", "1", "--decode", "1", "--policy=cost"];
+const FAST: [&str; 6] = ["--processes", "--fake=zero", "--prefill", "1", "--decode", "1"];
+
+/// Requests at once that keep the slow cluster at its best.
+const AT_ONCE: u32 = 32;
+const TIMES: f64 = 10.0;
+
+struct Options {
+    slo: String,
+    rounds: usize,
+    seconds: u32,
+    /// Tokens of the long stream, and short streams.
+    tokens: u32,
+    streams: u32,
+    json: Option<PathBuf>,
+}
+
+fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
+    let slo = "ttft=2s,tpot=500ms".to_owned();
+    let mut options = Options { slo, rounds: 5, seconds: 15, tokens: 1_000_000, streams: 10_000, json: None };
+    while let Some(name) = arguments.next() {
+        let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value; {HELP}"));
+        let number = |text: String| {
+            let number = text.parse::<u32>().ok().filter(|&number| number > 0);
+            number.ok_or_else(|| format!("{name} takes a number from 1 on; {HELP}"))
+        };
+        match name.as_str() {
+            "--slo" => options.slo = value()?,
+            "--rounds" => options.rounds = number(value()?)? as usize,
+            "--seconds" => options.seconds = number(value()?)?,
+            "--quick" => {
+                (options.rounds, options.seconds) = (1, 5);
+                (options.tokens, options.streams) = (50_000, 1_000);
+            }
+            "--json" => options.json = Some(value()?.into()),
+            "--help" | "-h" => {
+                println!("{HELP}");
+                std::process::exit(0);
+            }
+            _ => return Err(format!("there is no option {name}; {HELP}")),
+        }
+    }
+    Ok(options)
+}
+
+/// Runs `tandem bench` against a cluster; its one run.
+async fn bench(cluster: &ProcessCluster, arguments: &[&str]) -> Result<Value, String> {
+    let file = std::env::temp_dir().join(format!("tandem-overload-{:x}.json", seam::random_u128()));
+    let mut command = Command::new(tandem());
+    command
+        .args(["bench", "--url", &format!("http://{}", cluster.address), "--timeout", "600s"])
+        .arg("--json")
+        .arg(&file)
+        .args(arguments)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null());
+    let status = tokio::task::spawn_blocking(move || command.status()).await.expect("it waits");
+    let text = std::fs::read_to_string(&file);
+    let _ = std::fs::remove_file(&file);
+    let text = text.map_err(|_| format!("`tandem bench` ended with {status:?}"))?;
+    let mut report: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
+    Ok(report["runs"][0].take())
+}
+
+/// The router's processes.
+async fn router(cluster: &ProcessCluster) -> Result<Group, String> {
+    let state = cluster.admin.get("/admin/state").await.json;
+    state["pid"].as_i64().map(Group::of).ok_or_else(|| "the router has no pid".to_owned())
+}
+
+/// Figures of one round under too much load.
+struct Overloaded {
+    /// Answers per second in time, at the cluster's best and under ten times that.
+    best: f64,
+    goodput: f64,
+    refused: u64,
+    sent: u64,
+    /// Milliseconds until a refusal, at the 50th and 99th percentile.
+    refusal_ms: [f64; 2],
+    late_ms: f64,
+}
+
+async fn overloaded(options: &Options) -> Result<Overloaded, String> {
+    let cluster = ProcessCluster::start(&[&SLOW[..], &["--slo", &options.slo]].concat()).await;
+    let (at_once, seconds) = (AT_ONCE.to_string(), format!("{}s", options.seconds));
+    let lengths = ["--input-tokens", "fixed:64", "--output-tokens", "fixed:16", "--slo", &options.slo];
+    // Every worker has measured itself before it counts.
+    bench(&cluster, &[&lengths[..], &["--concurrency", &at_once, "--requests", "200"]].concat()).await?;
+    let best =
+        bench(&cluster, &[&lengths[..], &["--concurrency", &at_once, "--duration", &seconds]].concat())
+            .await?;
+    let best = best["goodput_rps"].as_f64().filter(|&rate| rate > 0.0).ok_or("nothing is in time")?;
+    let rate = format!("{:.1}", best * TIMES);
+    let ran = bench(&cluster, &[&lengths[..], &["--rate", &rate, "--duration", &seconds]].concat()).await?;
+    cluster.interrupt().await;
+    let of = |value: &Value| value.as_f64().unwrap_or(f64::NAN);
+    Ok(Overloaded {
+        best,
+        goodput: of(&ran["goodput_rps"]),
+        refused: ran["errors_by_kind"]["503 overloaded"].as_u64().unwrap_or(0),
+        sent: ran["requests"].as_u64().unwrap_or(0),
+        refusal_ms: [of(&ran["error_ms"]["p50"]), of(&ran["error_ms"]["p99"])],
+        late_ms: of(&ran["late_ms"]["p99"]),
+    })
+}
+
+/// Bytes that the router grows by for each token of one stream, as long as it runs and for good.
+async fn long_stream(options: &Options) -> Result<[f64; 2], String> {
+    let cluster = ProcessCluster::start(&[&FAST[..], &["--kv-memory", "2GiB"]].concat()).await;
+    let router = router(&cluster).await?;
+    bench(&cluster, &["--concurrency", "4", "--requests", "100", "--output-tokens", "fixed:1000"]).await?;
+    let before = router.resident_bytes();
+    let load =
+        ["--concurrency", "1", "--requests", "1", "--output-tokens", &format!("fixed:{}", options.tokens)];
+    let mut most = before;
+    let ran = {
+        let mut running = std::pin::pin!(bench(&cluster, &load));
+        loop {
+            match seam::timeout(Duration::from_millis(200), &mut running).await {
+                Ok(ran) => break ran?,
+                Err(_) => most = most.max(router.resident_bytes()),
+            }
+        }
+    };
+    if ran["output_tokens"].as_u64() != Some(u64::from(options.tokens)) {
+        return Err(format!("a stream of {} tokens had {}", options.tokens, ran["output_tokens"]));
+    }
+    let after = router.resident_bytes();
+    cluster.interrupt().await;
+    Ok([most, after].map(|bytes| bytes.saturating_sub(before) as f64 / f64::from(options.tokens)))
+}
+
+/// MiB that the router holds after a tenth of many short streams, and after all of them.
+async fn short_streams(options: &Options) -> Result<[f64; 2], String> {
+    let cluster = ProcessCluster::start(&FAST).await;
+    let router = router(&cluster).await?;
+    let tenth = (options.streams / 10).to_string();
+    let load = ["--concurrency", "32", "--input-tokens", "fixed:32", "--output-tokens", "fixed:10"];
+    let mut held = [0.0; 10];
+    for held in &mut held {
+        let ran = bench(&cluster, &[&load[..], &["--requests", &tenth]].concat()).await?;
+        if ran["errors"].as_u64() != Some(0) {
+            return Err(format!("short streams failed: {}", ran["errors_by_kind"]));
+        }
+        *held = router.resident_bytes() as f64 / f64::from(1 << 20);
+    }
+    cluster.interrupt().await;
+    Ok([held[0], held[9]])
+}
+
+/// Minimum, median and maximum.
+fn spread(mut values: Vec<f64>) -> [f64; 3] {
+    values.sort_by(f64::total_cmp);
+    [values[0], values[values.len() / 2], values[values.len() - 1]]
+}
+
+async fn run(options: Options) -> Result<(), String> {
+    let mut rounds = Vec::new();
+    for round in 0..options.rounds {
+        eprintln!("round {} of {}: ten times too much", round + 1, options.rounds);
+        rounds.push(overloaded(&options).await?);
+    }
+    let of = |value: &dyn Fn(&Overloaded) -> f64| spread(rounds.iter().map(value).collect());
+    eprintln!("one stream of {} tokens", options.tokens);
+    let growth = long_stream(&options).await?;
+    eprintln!("{} streams of ten tokens", options.streams);
+    let held = short_streams(&options).await?;
+    println!("{} rounds, {}: median (least to most)", options.rounds, options.slo);
+    println!("| line | figure | goal |\n|---|---|---|");
+    let mut rows = Vec::new();
+    let mut row = |name: &str, values: [f64; 3], goal: &str| {
+        let [low, median, high] = values;
+        println!("| {name} | {median:.2} ({low:.2} to {high:.2}) | {goal} |");
+        rows.push(json!({ "name": name, "values": values, "goal": goal }));
+    };
+    row("answers per second in time, at best", of(&|ran| ran.best), "");
+    row("the same under ten times that", of(&|ran| ran.goodput), "");
+    row("share of the best goodput that is left", of(&|ran| ran.goodput / ran.best), "0.9 at least");
+    row("share of requests that are refused", of(&|ran| ran.refused as f64 / ran.sent.max(1) as f64), "");
+    row("ms until a refusal, median", of(&|ran| ran.refusal_ms[0]), "10 at most");
+    row("ms until a refusal, p99", of(&|ran| ran.refusal_ms[1]), "10 at most");
+    row("ms that the client itself was late, p99", of(&|ran| ran.late_ms), "");
+    row("bytes a token of one long stream, at most", [growth[0]; 3], "8 at most");
+    row("bytes a token of it, afterwards", [growth[1]; 3], "");
+    row("MiB after a tenth of the short streams", [held[0]; 3], "");
+    row("MiB after all of them", [held[1]; 3], "no more");
+    if let Some(file) = options.json {
+        let text = json!({ "slo": options.slo, "rows": rows }).to_string();
+        std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
+    }
+    Ok(())
+}
+
+fn main() -> std::process::ExitCode {
+    let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+    let done = options(std::env::args().skip(1))
+        .and_then(|options| runtime.map_err(|error| error.to_string())?.block_on(run(options)));
+    match done {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_are_read_and_wrong_ones_named() {
+        let read = |line: &str| options(line.split_whitespace().map(str::to_owned));
+        let given = read("--rounds 3 --seconds 4 --slo ttft=1s,tpot=1s").expect("it is right");
+        assert_eq!((given.rounds, given.seconds, given.slo.as_str()), (3, 4, "ttft=1s,tpot=1s"));
+        assert!(read("--rounds 0").is_err_and(|why| why.contains("from 1 on")));
+        assert!(read("--speed").is_err_and(|why| why.contains("no option --speed")));
+    }
+}
