@@ -2,7 +2,9 @@
 //! meet the decoder's operations.
 
 use tandem_device::{Buffer, Device, Element, Linear, Matrix};
-use tandem_models::{AttentionSpec, Checkpoint, FeedForwardSpec, Head, LayerPart, Part};
+use tandem_models::{
+    AttentionSpec, Checkpoint, FeedForwardSpec, Head, LayerPart, NormSpec, Pairing, Part, Tensor,
+};
 
 use crate::LoadError;
 
@@ -17,8 +19,10 @@ pub(crate) struct Weights {
 pub(crate) struct Layer {
     pub(crate) attention_norm: Norm,
     pub(crate) attention: Attention,
+    pub(crate) attention_output_norm: Option<Norm>,
     pub(crate) feed_forward_norm: Norm,
     pub(crate) feed_forward: FeedForward,
+    pub(crate) feed_forward_output_norm: Option<Norm>,
 }
 
 /// Full attention.
@@ -58,8 +62,15 @@ pub(crate) fn pack(
     element: Element,
     progress: &dyn Fn(f32),
 ) -> Result<Weights, LoadError> {
-    let mut packer =
-        Packer { checkpoint, device, element, progress, done: 0, total: checkpoint.total_bytes().max(1) };
+    let mut packer = Packer {
+        checkpoint,
+        device,
+        element,
+        progress,
+        done: 0,
+        total: checkpoint.total_bytes().max(1),
+        order: HeadOrder { width: 1, rotated: 0, pairing: Pairing::Halves },
+    };
     let spec = checkpoint.spec();
     let embedding = packer.matrix(&[Part::Embedding], false)?;
     let mut layers = Vec::with_capacity(spec.layers.len());
@@ -70,14 +81,15 @@ pub(crate) fn pack(
         let FeedForwardSpec::Gated { width, activation: tandem_models::Activation::Silu, bias } =
             layer.feed_forward;
         use LayerPart::*;
-        let head_norms = match head_norm {
-            Some(norm) => {
-                Some((packer.norm(part(QueryNorm), norm.epsilon)?, packer.norm(part(KeyNorm), norm.epsilon)?))
-            }
-            None => None,
-        };
+        packer.order =
+            HeadOrder { width: head_dim, rotated: spec.rope.rotated(head_dim), pairing: spec.rope.pairing };
+        let norms = (
+            packer.optional_norm(part(QueryNorm), head_norm)?,
+            packer.optional_norm(part(KeyNorm), head_norm)?,
+        );
+        let (attention_out, feed_forward_out) = (layer.attention_output_norm, layer.feed_forward_output_norm);
         layers.push(Layer {
-            attention_norm: packer.norm(part(AttentionNorm), layer.attention_norm.epsilon)?,
+            attention_norm: packer.norm(part(AttentionNorm), layer.attention_norm)?,
             attention: Attention {
                 heads,
                 kv_heads,
@@ -88,14 +100,15 @@ pub(crate) fn pack(
                     qkv_bias.then_some(&[part(QueryBias), part(KeyBias), part(ValueBias)]),
                     false,
                 )?,
-                head_norms,
+                head_norms: norms.0.zip(norms.1),
                 output: packer.projection(
                     &[part(Output)],
                     output_bias.then_some(&[part(OutputBias)]),
                     false,
                 )?,
             },
-            feed_forward_norm: packer.norm(part(FeedForwardNorm), layer.feed_forward_norm.epsilon)?,
+            attention_output_norm: packer.optional_norm(part(AttentionOutputNorm), attention_out)?,
+            feed_forward_norm: packer.norm(part(FeedForwardNorm), layer.feed_forward_norm)?,
             feed_forward: FeedForward {
                 width,
                 gate_up: packer.projection(
@@ -105,9 +118,10 @@ pub(crate) fn pack(
                 )?,
                 down: packer.projection(&[part(Down)], bias.then_some(&[part(DownBias)]), false)?,
             },
+            feed_forward_output_norm: packer.optional_norm(part(FeedForwardOutputNorm), feed_forward_out)?,
         });
     }
-    let final_norm = packer.norm(Part::FinalNorm, spec.final_norm.epsilon)?;
+    let final_norm = packer.norm(Part::FinalNorm, spec.final_norm)?;
     let head = match spec.head {
         Head::Tied => embedding.clone(),
         Head::Separate => packer.matrix(&[Part::Head], false)?,
@@ -122,6 +136,29 @@ struct Packer<'a> {
     progress: &'a dyn Fn(f32),
     done: u64,
     total: u64,
+    /// Of the present layer's query and key heads.
+    order: HeadOrder,
+}
+
+/// How the elements of query and key heads are put in order, so that those that turn together lie in two halves.
+struct HeadOrder {
+    width: usize,
+    rotated: usize,
+    pairing: Pairing,
+}
+
+impl HeadOrder {
+    /// Which row of a weight comes to `row`.
+    fn source(&self, part: Part, row: usize) -> usize {
+        use LayerPart::*;
+        match part {
+            Part::Layer(_, Query | QueryBias | QueryNorm | Key | KeyBias | KeyNorm) => {
+                let at = row % self.width;
+                row - at + self.pairing.source(at, self.rotated)
+            }
+            _ => row,
+        }
+    }
 }
 
 impl Packer<'_> {
@@ -138,25 +175,31 @@ impl Packer<'_> {
 
     /// Matrices of equal width, one under the other, as one.
     fn matrix(&mut self, parts: &[Part], gated: bool) -> Result<Linear, LoadError> {
-        let tensors: Vec<_> = parts.iter().map(|part| self.checkpoint.weight(*part)).collect();
-        let outputs = tensors.iter().map(|tensor| tensor.rows()).sum();
-        let inputs = tensors[0].columns();
+        let tensors: Vec<(Part, Tensor<'_>)> =
+            parts.iter().map(|part| (*part, self.checkpoint.weight(*part))).collect();
+        let outputs = tensors.iter().map(|(_, tensor)| tensor.rows()).sum();
+        let inputs = tensors[0].1.columns();
+        let order = &self.order;
         let mut row = |mut output: usize, to: &mut [f32]| {
-            for tensor in &tensors {
+            for (part, tensor) in &tensors {
                 if output < tensor.rows() {
-                    return tensor.read_row(output, to);
+                    return tensor.read_row(order.source(*part, output), to);
                 }
                 output -= tensor.rows();
             }
         };
         let matrix = Matrix { outputs, inputs, element: self.element, gated, row: &mut row };
         let packed = self.device.pack(matrix).map_err(|error| self.refused(error))?;
-        self.advance(tensors.iter().map(|tensor| tensor.bytes.len()).sum());
+        self.advance(tensors.iter().map(|(_, tensor)| tensor.bytes.len()).sum());
         Ok(packed)
     }
 
-    fn norm(&mut self, part: Part, epsilon: f32) -> Result<Norm, LoadError> {
-        Ok(Norm { weight: self.vector(&[part])?, epsilon })
+    fn norm(&mut self, part: Part, norm: NormSpec) -> Result<Norm, LoadError> {
+        Ok(Norm { weight: self.vector(&[part])?, epsilon: norm.epsilon })
+    }
+
+    fn optional_norm(&mut self, part: Part, norm: Option<NormSpec>) -> Result<Option<Norm>, LoadError> {
+        norm.map(|norm| self.norm(part, norm)).transpose()
     }
 
     /// Vectors end to end; they stay in float32, being small.
@@ -164,7 +207,8 @@ impl Packer<'_> {
         let mut values = Vec::new();
         for part in parts {
             let tensor = self.checkpoint.weight(*part);
-            values.extend(tensor.to_f32());
+            let read = tensor.to_f32();
+            values.extend((0..read.len()).map(|at| read[self.order.source(*part, at)]));
             self.advance(tensor.bytes.len());
         }
         let buffer = self.device.allocate(Element::F32, values.len()).map_err(|error| self.refused(error))?;

@@ -47,9 +47,9 @@ pub(crate) fn open_with(dir: &Path, config: &str) -> Result<Checkpoint, Error> {
     untie(&mut spec, architecture.names, &weights)?;
     let needed = spec.weights();
     for weight in &needed {
-        weights.tensor(&architecture.names.name(weight.part), &weight.shape)?;
+        find(&weights, architecture.names, weight)?;
     }
-    let stored = weights.tensor(architecture.names.embedding, &[spec.vocab, spec.hidden])?.dtype;
+    let stored = weights.tensor(architecture.names.embedding, &[spec.vocab, spec.hidden], (0, 1))?.dtype;
     let name = dir.file_name().or(whole.file_name()).unwrap_or("model".as_ref());
     Ok(Checkpoint {
         dir: dir.to_owned(),
@@ -63,13 +63,19 @@ pub(crate) fn open_with(dir: &Path, config: &str) -> Result<Checkpoint, Error> {
     })
 }
 
+/// A weight where the architecture's names say it is.
+fn find<'a>(weights: &'a Weights, names: &WeightNames, weight: &'a WeightSpec) -> Result<Tensor<'a>, Error> {
+    let place = names.place(weight.part);
+    weights.tensor(&names.name(weight.part), &weight.shape, (place.share, place.shares))
+}
+
 /// A config may say "tied" where the checkpoint holds a head of its own. As in `transformers`, a head that differs
 /// from the embedding is used, and one that equals it is not.
 fn untie(spec: &mut DecoderSpec, names: &WeightNames, weights: &Weights) -> Result<(), Error> {
     if spec.head == Head::Tied && weights.contains(names.head) {
         let shape = [spec.vocab, spec.hidden];
         let (embedding, head) =
-            (weights.tensor(names.embedding, &shape)?, weights.tensor(names.head, &shape)?);
+            (weights.tensor(names.embedding, &shape, (0, 1))?, weights.tensor(names.head, &shape, (0, 1))?);
         if (embedding.dtype, embedding.bytes) != (head.dtype, head.bytes) {
             spec.head = Head::Separate;
         }
@@ -160,8 +166,8 @@ impl Checkpoint {
         digest.finish()
     }
 
-    fn checked(&self, weight: &WeightSpec) -> Tensor<'_> {
-        let tensor = self.weights.tensor(&self.names.name(weight.part), &weight.shape);
+    fn checked<'a>(&'a self, weight: &'a WeightSpec) -> Tensor<'a> {
+        let tensor = find(&self.weights, self.names, weight);
         tensor.expect("open has checked every weight of the spec")
     }
 }

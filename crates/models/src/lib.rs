@@ -19,11 +19,11 @@ mod spec;
 mod testing;
 mod weights;
 
-pub use arch::{ARCHITECTURES, Architecture, WeightNames};
+pub use arch::{ARCHITECTURES, Architecture, Place, WeightNames};
 pub use checkpoint::{Checkpoint, WeightDigest, open};
 pub use config::Config;
 pub use error::Error;
-pub use rope::{RopeKind, RopeSpec};
+pub use rope::{Pairing, RopeKind, RopeSpec};
 pub use spec::{
     Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, Head, KvGroup, KvKind, KvSpec, LayerPart,
     LayerSpec, NormSpec, Part, WeightSpec,

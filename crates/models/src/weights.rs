@@ -187,8 +187,14 @@ impl Weights {
         self.places.contains_key(name)
     }
 
-    /// A tensor that must be there in a supported element type and with this shape.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, Error> {
+    /// A tensor that must be there in a supported element type and with this shape; of a tensor that holds several
+    /// weights, its share of the rows.
+    pub fn tensor<'a>(
+        &'a self,
+        name: &str,
+        shape: &'a [usize],
+        (share, shares): (usize, usize),
+    ) -> Result<Tensor<'a>, Error> {
         let Some((file, entry)) = self.find(name) else {
             return Err(Error::Broken {
                 file: self.listing.clone(),
@@ -202,13 +208,17 @@ impl Weights {
                 fact: format!("tensor {name} has dtype {}; supported are BF16, F16 and F32", entry.dtype),
             });
         };
-        if entry.shape != shape {
+        let mut whole = shape.to_vec();
+        whole[0] *= shares;
+        if entry.shape != whole {
             return Err(Error::Broken {
                 file: path(),
-                fact: format!("tensor {name} has shape {:?}; the config asks for {shape:?}", entry.shape),
+                fact: format!("tensor {name} has shape {:?}; the config asks for {whole:?}", entry.shape),
             });
         }
-        Ok(Tensor { dtype, shape: &entry.shape, bytes: file.bytes(entry) })
+        let bytes = file.bytes(entry);
+        let width = bytes.len() / shares;
+        Ok(Tensor { dtype, shape, bytes: &bytes[share * width..][..width] })
     }
 }
 
