@@ -8,6 +8,7 @@ use tandem_types::TokenId;
 use crate::arch::{self, WeightNames};
 use crate::config::Config;
 use crate::error::Error;
+use crate::safetensors::File;
 use crate::spec::{DecoderSpec, Head, Part, WeightSpec};
 use crate::weights::{Dtype, Tensor, Weights};
 
@@ -37,23 +38,49 @@ pub(crate) fn open_with(dir: &Path, config: &str) -> Result<Checkpoint, Error> {
         return Err(unreadable(io::Error::from(io::ErrorKind::NotADirectory)));
     }
     let config = Config::read(&dir.join(config))?;
-    let architecture = arch::find(&config)?;
-    arch::refuse_quantised(&config)?;
-    let mut spec = (architecture.spec)(&config)?;
-    let stop_tokens = stop_tokens(dir, &config, spec.vocab)?;
+    let generation = match Config::read(&dir.join("generation_config.json")) {
+        Ok(generation) => Some(generation),
+        Err(Error::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    let name = dir.file_name().or(whole.file_name()).unwrap_or("model".as_ref());
+    assemble(dir, &name.to_string_lossy(), &config, generation.as_ref(), || Weights::open(dir))
+}
+
+/// Opens a checkpoint that lies in memory, as the texts of `config.json` and `model.safetensors`: every check that
+/// [`open`] makes, without a file. For tests that feed it arbitrary bytes.
+pub fn from_bytes(config: &[u8], weights: Vec<u8>) -> Result<Checkpoint, Error> {
+    let config = Config::parse(Path::new("config.json"), config)?;
+    assemble(Path::new(""), "memory", &config, None, || {
+        Ok(Weights::single(File::given(Path::new("model.safetensors"), weights)?))
+    })
+}
+
+/// What is stated is understood first, so that a model which is not supported is refused before its weights are
+/// looked for.
+fn assemble(
+    dir: &Path,
+    name: &str,
+    config: &Config,
+    generation: Option<&Config>,
+    weights: impl FnOnce() -> Result<Weights, Error>,
+) -> Result<Checkpoint, Error> {
+    let architecture = arch::find(config)?;
+    arch::refuse_quantised(config)?;
+    let mut spec = (architecture.spec)(config)?;
+    let stop_tokens = stop_tokens(generation, config, spec.vocab)?;
     let stated = config.dtype()?;
 
-    let weights = Weights::open(dir)?;
+    let weights = weights()?;
     untie(&mut spec, architecture.names, &weights)?;
     let needed = spec.weights();
     for weight in &needed {
         find(&weights, architecture.names, weight)?;
     }
     let stored = weights.tensor(architecture.names.embedding, &[spec.vocab, spec.hidden], (0, 1))?.dtype;
-    let name = dir.file_name().or(whole.file_name()).unwrap_or("model".as_ref());
     Ok(Checkpoint {
         dir: dir.to_owned(),
-        name: name.to_string_lossy().into_owned(),
+        name: name.to_owned(),
         spec,
         names: architecture.names,
         dtype: stated.unwrap_or(stored),
@@ -85,13 +112,8 @@ fn untie(spec: &mut DecoderSpec, names: &WeightNames, weights: &Weights) -> Resu
 
 /// The tokens that end an answer: those of `generation_config.json`, or else of the config. Ids beyond the
 /// vocabulary can never be drawn and are left out.
-fn stop_tokens(dir: &Path, config: &Config, vocab: usize) -> Result<Vec<TokenId>, Error> {
-    let generation = match Config::read(&dir.join("generation_config.json")) {
-        Ok(generation) => Some(generation),
-        Err(Error::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
-    };
-    for source in generation.iter().chain([config]) {
+fn stop_tokens(generation: Option<&Config>, config: &Config, vocab: usize) -> Result<Vec<TokenId>, Error> {
+    for source in generation.into_iter().chain([config]) {
         let Some(mut ids) = source.token_ids("eos_token_id")? else { continue };
         ids.retain(|id| (*id as usize) < vocab);
         ids.sort_unstable();
@@ -443,6 +465,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_no_ordinary_file_or_too_long_to_be_one_is_not_read() {
+        for name in ["config.json", "model.safetensors"] {
+            let folder = checkpoint(&qwen3());
+            folder.remove(name);
+            fs::create_dir(folder.path().join(name)).unwrap();
+            refused(&folder, name, "is not an ordinary file");
+        }
+        let folder = checkpoint(&qwen3());
+        let file = fs::OpenOptions::new().write(true).open(folder.path().join("config.json")).unwrap();
+        file.set_len(1 << 32).unwrap();
+        refused(&folder, "config.json", "has 4294967296 bytes; at most 268435456 are read");
     }
 
     fn committed() -> Vec<PathBuf> {

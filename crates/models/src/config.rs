@@ -16,6 +16,9 @@ const THETA_DEFAULT: f64 = 10_000.0;
 /// The largest size that is believed; far above every real model, far below what overflows.
 const SIZE_MAX: usize = 1 << 24;
 
+/// Longer files of JSON are not read; the index of a model of a trillion weights is shorter.
+const FILE_BYTES_MAX: u64 = 256 << 20;
+
 /// A model's configuration: a JSON object and the file it came from.
 pub struct Config {
     file: PathBuf,
@@ -25,9 +28,17 @@ pub struct Config {
 impl Config {
     /// Reads a file that must hold a JSON object.
     pub fn read(file: &Path) -> Result<Config, Error> {
-        let bytes =
-            std::fs::read(file).map_err(|source| Error::Unreadable { file: file.to_owned(), source })?;
-        Config::parse(file, &bytes)
+        let unreadable = |source| Error::Unreadable { file: file.to_owned(), source };
+        let facts = std::fs::metadata(file).map_err(unreadable)?;
+        // A pipe would be waited for, and a device may never end.
+        if !facts.is_file() {
+            return Err(unreadable(std::io::Error::other("is not an ordinary file")));
+        }
+        if facts.len() > FILE_BYTES_MAX {
+            let fact = format!("has {} bytes; at most {FILE_BYTES_MAX} are read", facts.len());
+            return Err(Error::Unsupported { file: file.to_owned(), fact });
+        }
+        Config::parse(file, &std::fs::read(file).map_err(unreadable)?)
     }
 
     /// Reads the text of a file.

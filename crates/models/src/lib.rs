@@ -20,7 +20,7 @@ mod testing;
 mod weights;
 
 pub use arch::{ARCHITECTURES, Architecture, Place, WeightNames};
-pub use checkpoint::{Checkpoint, WeightDigest, open};
+pub use checkpoint::{Checkpoint, WeightDigest, from_bytes, open};
 pub use config::Config;
 pub use error::Error;
 pub use rope::{Pairing, RopeKind, RopeSpec};

@@ -130,9 +130,7 @@ impl Weights {
         let single = dir.join("model.safetensors");
         let index = dir.join("model.safetensors.index.json");
         if exists(&single) {
-            let file = File::open(&single)?;
-            let places = file.names().map(|name| (name.to_owned(), 0)).collect();
-            return Ok(Weights { files: vec![file], places, listing: single });
+            return Ok(Weights::single(File::open(&single)?));
         }
         if exists(&index) {
             return Weights::open_shards(dir, &index);
@@ -142,6 +140,13 @@ impl Weights {
             fact: "has neither model.safetensors nor model.safetensors.index.json; other weight files are not read"
                 .to_owned(),
         })
+    }
+
+    /// The weights of one file.
+    pub fn single(file: File) -> Weights {
+        let places = file.names().map(|name| (name.to_owned(), 0)).collect();
+        let listing = file.path().to_owned();
+        Weights { files: vec![file], places, listing }
     }
 
     fn open_shards(dir: &Path, index: &Path) -> Result<Weights, Error> {

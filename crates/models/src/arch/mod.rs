@@ -193,6 +193,9 @@ fn dense(config: &Config, dense: Dense) -> Result<DecoderSpec, Error> {
     }
     let context_tokens = config.size("max_position_embeddings")? as u32;
     let norm = NormSpec { epsilon: config.positive_or("rms_norm_eps", dense.epsilon)? as f32 };
+    if !norm.epsilon.is_normal() {
+        return Err(config.unsupported("rms_norm_eps is beyond what float32 holds"));
+    }
     let rope = match dense.partial_rope {
         None => config.rope(context_tokens)?,
         Some((pairing, share)) => config.partial_rope(context_tokens, pairing, share)?,
@@ -509,6 +512,7 @@ mod tests {
                 json!({"rms_norm_eps": "x"}),
                 "rms_norm_eps is \"x\", not a positive number",
             ),
+            ("Qwen3ForCausalLM", json!({"rms_norm_eps": 1e99}), "rms_norm_eps is beyond what float32 holds"),
         ] {
             let error = spec(&changed(as_class(class), changes)).unwrap_err();
             assert!(
