@@ -8,6 +8,7 @@ use tandem_types::TokenId;
 use crate::arch::{self, WeightNames};
 use crate::config::Config;
 use crate::error::Error;
+use crate::quantised::{self, Matrix, Scheme};
 use crate::safetensors::File;
 use crate::spec::{DecoderSpec, Head, Part, WeightSpec};
 use crate::weights::{Dtype, Tensor, Weights};
@@ -20,6 +21,7 @@ pub struct Checkpoint {
     names: &'static WeightNames,
     dtype: Dtype,
     stop_tokens: Vec<TokenId>,
+    scheme: Scheme,
     weights: Weights,
     needed: Vec<WeightSpec>,
 }
@@ -66,7 +68,7 @@ fn assemble(
     weights: impl FnOnce() -> Result<Weights, Error>,
 ) -> Result<Checkpoint, Error> {
     let architecture = arch::find(config)?;
-    arch::refuse_quantised(config)?;
+    let scheme = Scheme::read(config)?;
     let mut spec = (architecture.spec)(config)?;
     let stop_tokens = stop_tokens(generation, config, spec.vocab)?;
     let stated = config.dtype()?;
@@ -75,7 +77,7 @@ fn assemble(
     untie(&mut spec, architecture.names, &weights)?;
     let needed = spec.weights();
     for weight in &needed {
-        find(&weights, architecture.names, weight)?;
+        check(&weights, scheme, architecture.names, weight)?;
     }
     let stored = weights.tensor(architecture.names.embedding, &[spec.vocab, spec.hidden], (0, 1))?.dtype;
     Ok(Checkpoint {
@@ -85,9 +87,32 @@ fn assemble(
         names: architecture.names,
         dtype: stated.unwrap_or(stored),
         stop_tokens,
+        scheme,
         weights,
         needed,
     })
+}
+
+/// Looks for a weight and checks it.
+fn check(weights: &Weights, scheme: Scheme, names: &WeightNames, weight: &WeightSpec) -> Result<(), Error> {
+    match weight.shape.len() {
+        2 => find_matrix(weights, scheme, names, weight).map(drop),
+        _ => find(weights, names, weight).map(drop),
+    }
+}
+
+/// A matrix where the architecture's names say it is, whatever form it has there.
+fn find_matrix<'a>(
+    weights: &'a Weights,
+    scheme: Scheme,
+    names: &WeightNames,
+    weight: &'a WeightSpec,
+) -> Result<Matrix<'a>, Error> {
+    // No format has embedding tables.
+    let scheme = if weight.part == Part::Embedding { Scheme::None } else { scheme };
+    let place = names.place(weight.part);
+    let name = names.name(weight.part);
+    quantised::matrix(weights, scheme, &name, &weight.shape, (place.share, place.shares))
 }
 
 /// A weight where the architecture's names say it is.
@@ -159,31 +184,63 @@ impl Checkpoint {
         self.names.name(part)
     }
 
+    /// The quantised format its config names, if any: `gptq`.
+    pub fn quantised(&self) -> Option<&'static str> {
+        self.scheme.name()
+    }
+
     /// A weight that the spec asks for. `Part::Head` of a tied head is not one: ask for the embedding.
     ///
     /// # Panics
-    /// If the spec does not ask for it.
+    /// If the spec does not ask for it, or it is quantised.
     pub fn weight(&self, part: Part) -> Tensor<'_> {
+        self.checked(self.needed(part))
+    }
+
+    /// A matrix that the spec asks for, quantised or not.
+    ///
+    /// # Panics
+    /// If the spec does not ask for it, or it is a vector.
+    pub fn matrix(&self, part: Part) -> Matrix<'_> {
+        let matrix = find_matrix(&self.weights, self.scheme, self.names, self.needed(part));
+        matrix.expect("open has checked every weight of the spec")
+    }
+
+    fn needed(&self, part: Part) -> &WeightSpec {
         let needed = self.needed.iter().find(|weight| weight.part == part);
-        self.checked(needed.unwrap_or_else(|| panic!("{part:?} is not a weight of this model")))
+        needed.unwrap_or_else(|| panic!("{part:?} is not a weight of this model"))
     }
 
-    /// Every weight in the canonical order of [`DecoderSpec::weights`].
+    /// Every weight that is not quantised, in the canonical order of [`DecoderSpec::weights`].
     pub fn weights(&self) -> impl Iterator<Item = (Part, Tensor<'_>)> {
-        self.needed.iter().map(|weight| (weight.part, self.checked(weight)))
+        let plain = |weight: &&WeightSpec| find(&self.weights, self.names, weight).is_ok();
+        self.needed.iter().filter(plain).map(|weight| (weight.part, self.checked(weight)))
     }
 
-    /// Bytes of all weights as they lie in the files.
+    /// Bytes of all weights as they lie in the files, without the scales of quantised ones.
     pub fn total_bytes(&self) -> u64 {
-        self.weights().map(|(_, tensor)| tensor.bytes.len() as u64).sum()
+        let bytes = self.needed.iter().map(|weight| match weight.shape.len() {
+            2 => self.matrix(weight.part).bytes(),
+            _ => self.checked(weight).bytes.len(),
+        });
+        bytes.map(|bytes| bytes as u64).sum()
     }
 
     /// Digest of the weights' content, the same for every way of cutting them into files. Reads them all; where
     /// they are read anyway, feed a [`WeightDigest`] on the way.
     pub fn digest(&self) -> blake3::Hash {
         let mut digest = WeightDigest::default();
-        for (part, tensor) in self.weights() {
-            digest.add(&self.weight_name(part), &tensor);
+        for weight in &self.needed {
+            let name = self.weight_name(weight.part);
+            match find(&self.weights, self.names, weight) {
+                Ok(tensor) => digest.add(&name, &tensor),
+                Err(_) => {
+                    digest.0.update(format!("{name} {:?}\n", self.scheme).as_bytes());
+                    for piece in quantised::pieces(&self.weights, &name) {
+                        digest.piece(&piece.name, piece.dtype(), piece.shape(), piece.bytes);
+                    }
+                }
+            }
         }
         digest.finish()
     }
@@ -201,9 +258,12 @@ pub struct WeightDigest(blake3::Hasher);
 impl WeightDigest {
     /// Takes in one weight: its name in the checkpoint, element type, shape (which gives the length) and bytes.
     pub fn add(&mut self, name: &str, tensor: &Tensor<'_>) {
-        let head = format!("{name} {} {:?}\n", tensor.dtype.as_str(), tensor.shape);
-        self.0.update(head.as_bytes());
-        self.0.update(tensor.bytes);
+        self.piece(name, tensor.dtype.as_str(), tensor.shape, tensor.bytes);
+    }
+
+    fn piece(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) {
+        self.0.update(format!("{name} {dtype} {shape:?}\n").as_bytes());
+        self.0.update(bytes);
     }
 
     /// The digest of everything added.

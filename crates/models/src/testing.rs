@@ -113,7 +113,7 @@ pub(crate) fn config(facts: &Value) -> Config {
 pub(crate) fn spec(facts: &Value) -> Result<DecoderSpec, String> {
     let config = config(facts);
     let spec = arch::find(&config).and_then(|row| {
-        arch::refuse_quantised(&config)?;
+        crate::quantised::Scheme::read(&config)?;
         (row.spec)(&config)
     });
     spec.map_err(|error| error.to_string())

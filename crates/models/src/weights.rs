@@ -192,6 +192,35 @@ impl Weights {
         self.places.contains_key(name)
     }
 
+    /// The element type of a tensor as the file spells it, if there is one of this name.
+    pub fn dtype(&self, name: &str) -> Option<&str> {
+        Some(&self.find(name)?.1.dtype)
+    }
+
+    /// A tensor as it is, if there is one of this name.
+    pub fn any(&self, name: &str) -> Option<Raw<'_>> {
+        let (file, entry) = self.find(name)?;
+        Some(Raw { name: name.to_owned(), file: file.path(), entry, bytes: file.bytes(entry) })
+    }
+
+    /// A tensor that must be there in one of some element types and shapes.
+    pub fn raw(&self, name: &str, dtypes: &[&str], shapes: &[&[usize]]) -> Result<Raw<'_>, Error> {
+        let Some((file, entry)) = self.find(name) else {
+            let fact = format!("tensor {name} is missing; the config asks for it with shape {:?}", shapes[0]);
+            return Err(Error::Broken { file: self.listing.clone(), fact });
+        };
+        let broken = |fact| Error::Broken { file: file.path().to_owned(), fact };
+        if !dtypes.contains(&entry.dtype.as_str()) {
+            let (dtype, wanted) = (&entry.dtype, dtypes.join(", "));
+            return Err(broken(format!("tensor {name} has dtype {dtype}; its format asks for {wanted}")));
+        }
+        if !shapes.contains(&entry.shape.as_slice()) {
+            let (shape, wanted) = (&entry.shape, shapes[0]);
+            return Err(broken(format!("tensor {name} has shape {shape:?}; the config asks for {wanted:?}")));
+        }
+        Ok(Raw { name: name.to_owned(), file: file.path(), entry, bytes: file.bytes(entry) })
+    }
+
     /// A tensor that must be there in a supported element type and with this shape; of a tensor that holds several
     /// weights, its share of the rows.
     pub fn tensor<'a>(
@@ -224,6 +253,39 @@ impl Weights {
         let bytes = file.bytes(entry);
         let width = bytes.len() / shares;
         Ok(Tensor { dtype, shape, bytes: &bytes[share * width..][..width] })
+    }
+}
+
+/// A tensor as the file has it, of any element type.
+pub(crate) struct Raw<'a> {
+    pub name: String,
+    file: &'a Path,
+    entry: &'a Entry,
+    pub bytes: &'a [u8],
+}
+
+impl Raw<'_> {
+    /// Element type as the file spells it.
+    pub fn dtype(&self) -> &str {
+        &self.entry.dtype
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.entry.shape
+    }
+
+    /// An error about the file it is in.
+    pub fn broken(&self, fact: String) -> Error {
+        Error::Broken { file: self.file.to_owned(), fact }
+    }
+
+    /// The elements in float32.
+    ///
+    /// # Panics
+    /// If they are of a type that is no [`Dtype`].
+    pub fn numbers(&self) -> Vec<f32> {
+        let dtype = Dtype::from_safetensors(&self.entry.dtype).expect("asked for with such a type");
+        Tensor { dtype, shape: &self.entry.shape, bytes: self.bytes }.to_f32()
     }
 }
 

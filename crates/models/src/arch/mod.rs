@@ -243,18 +243,6 @@ fn dense(config: &Config, dense: Dense) -> Result<DecoderSpec, Error> {
 /// The largest head that the attention kernels take.
 const HEAD_DIM_MAX: usize = 256;
 
-/// Refuses what no architecture here supports.
-pub(crate) fn refuse_quantised(config: &Config) -> Result<(), Error> {
-    for key in ["quantization_config", "compression_config"] {
-        if let Some(value) = config.get(key) {
-            let method =
-                value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("of unknown kind");
-            return Err(config.unsupported(format!("{key} ({method}): quantised weights are not supported")));
-        }
-    }
-    Ok(())
-}
-
 /// Refuses a window over the context. `windowed` says whether a layer without an entry in `layer_types` has one.
 fn refuse_windows(config: &Config, windowed: impl Fn(usize) -> bool) -> Result<(), Error> {
     let layers = config.size_within("num_hidden_layers", 1..=4096, None)?;
@@ -476,7 +464,7 @@ mod tests {
             (
                 "Qwen2ForCausalLM",
                 json!({"quantization_config": {"quant_method": "awq"}}),
-                "quantization_config (awq)",
+                "quantization_config: w_bit is null; supported: 4",
             ),
             (
                 "Qwen3ForCausalLM",
