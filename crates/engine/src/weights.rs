@@ -1,12 +1,18 @@
 //! From a checkpoint's tensors to packed weights on a device: the one place where checkpoint names and shapes
 //! meet the decoder's operations.
 
-use tandem_device::{Buffer, Device, Element, Linear, Matrix};
+use std::collections::BTreeSet;
+
+use tandem_device::{
+    Buffer, Device, Element, INT8_INPUTS_MAX, Int4Row, Linear, LinearForm, Matrix, QuantisedMatrix,
+    QuantisedRows,
+};
 use tandem_models::{
-    AttentionSpec, Checkpoint, FeedForwardSpec, Head, LayerPart, NormSpec, Pairing, Part, Tensor,
+    AttentionSpec, Checkpoint, FeedForwardSpec, Head, LayerPart, MatrixForm, NormSpec, Pairing, Part,
 };
 
-use crate::LoadError;
+use crate::quantise::{self, INT4_GROUP};
+use crate::{LoadError, Quantization};
 
 /// A decoder's weights on a device, with the numbers that go with them.
 pub(crate) struct Weights {
@@ -60,12 +66,20 @@ pub(crate) fn pack(
     checkpoint: &Checkpoint,
     device: &dyn Device,
     element: Element,
+    quantization: Quantization,
     progress: &dyn Fn(f32),
 ) -> Result<Weights, LoadError> {
+    if let (Some(format), Quantization::W8a8 | Quantization::Int4) = (checkpoint.quantised(), quantization) {
+        let dir = checkpoint.dir().display();
+        return Err(LoadError::Option(format!(
+            "quantization {quantization} is made from numbers; {dir} is quantised already ({format}), which auto serves"
+        )));
+    }
     let mut packer = Packer {
         checkpoint,
         device,
         element,
+        quantization,
         progress,
         done: 0,
         total: checkpoint.total_bytes().max(1),
@@ -129,10 +143,68 @@ pub(crate) fn pack(
     Ok(Weights { embedding, layers, final_norm, head })
 }
 
+impl Weights {
+    /// The quantised forms in use, for the numerics class: empty where everything is numbers.
+    pub(crate) fn forms(&self) -> Vec<String> {
+        let layers = self.layers.iter().flat_map(|layer| {
+            let (attention, feed_forward) = (&layer.attention, &layer.feed_forward);
+            [&attention.qkv, &attention.output, &feed_forward.gate_up, &feed_forward.down]
+        });
+        let forms: BTreeSet<String> = layers
+            .filter_map(|projection| match projection.weight.form {
+                LinearForm::Numbers => None,
+                LinearForm::Int8 => Some("int8".to_owned()),
+                LinearForm::Int4 { group } => Some(format!("int4g{group}")),
+            })
+            .collect();
+        forms.into_iter().collect()
+    }
+}
+
+/// Matrices of equal width, one under the other.
+struct Stack<'a> {
+    matrices: Vec<(Part, tandem_models::Matrix<'a>)>,
+    order: &'a HeadOrder,
+}
+
+impl Stack<'_> {
+    fn outputs(&self) -> usize {
+        self.matrices.iter().map(|(_, matrix)| matrix.outputs()).sum()
+    }
+
+    fn inputs(&self) -> usize {
+        self.matrices[0].1.inputs()
+    }
+
+    /// The form that all share, or else numbers, which all have.
+    fn form(&self) -> MatrixForm {
+        let first = self.matrices[0].1.form();
+        let shared = self.matrices.iter().all(|(_, matrix)| matrix.form() == first);
+        if shared { first } else { MatrixForm::Numbers }
+    }
+
+    /// Which matrix and row of it an output is.
+    fn find(&self, mut output: usize) -> (&tandem_models::Matrix<'_>, usize) {
+        for (part, matrix) in &self.matrices {
+            if output < matrix.outputs() {
+                return (matrix, self.order.source(*part, output));
+            }
+            output -= matrix.outputs();
+        }
+        panic!("there are fewer outputs than {output} more")
+    }
+
+    fn read(&self, output: usize, to: &mut [f32]) {
+        let (matrix, row) = self.find(output);
+        matrix.read_row(row, to);
+    }
+}
+
 struct Packer<'a> {
     checkpoint: &'a Checkpoint,
     device: &'a dyn Device,
     element: Element,
+    quantization: Quantization,
     progress: &'a dyn Fn(f32),
     done: u64,
     total: u64,
@@ -175,22 +247,53 @@ impl Packer<'_> {
 
     /// Matrices of equal width, one under the other, as one.
     fn matrix(&mut self, parts: &[Part], gated: bool) -> Result<Linear, LoadError> {
-        let tensors: Vec<(Part, Tensor<'_>)> =
-            parts.iter().map(|part| (*part, self.checkpoint.weight(*part))).collect();
-        let outputs = tensors.iter().map(|(_, tensor)| tensor.rows()).sum();
-        let inputs = tensors[0].1.columns();
-        let order = &self.order;
-        let mut row = |mut output: usize, to: &mut [f32]| {
-            for (part, tensor) in &tensors {
-                if output < tensor.rows() {
-                    return tensor.read_row(order.source(*part, output), to);
-                }
-                output -= tensor.rows();
+        let stack = Stack {
+            matrices: parts.iter().map(|part| (*part, self.checkpoint.matrix(*part))).collect(),
+            order: &self.order,
+        };
+        let (outputs, inputs) = (stack.outputs(), stack.inputs());
+        let in_layer = parts.iter().all(|part| matches!(part, Part::Layer(..)));
+        let form = if in_layer { stack.form() } else { MatrixForm::Numbers };
+        let made = if in_layer { self.quantization } else { Quantization::Auto };
+        let mut numbers = vec![0.0; inputs];
+        let quantised = |rows| self.device.pack_quantised(QuantisedMatrix { outputs, inputs, gated, rows });
+        let packed = match (form, made) {
+            (MatrixForm::Int8, _) if inputs <= INT8_INPUTS_MAX => {
+                quantised(QuantisedRows::Int8(&mut |output, to| {
+                    let (matrix, row) = stack.find(output);
+                    matrix.read_int8(row, to)
+                }))
+            }
+            (MatrixForm::Int4 { group }, _) if group % 8 == 0 || group >= inputs => {
+                let mut read = |output: usize, to: Int4Row<'_>| {
+                    let (matrix, row) = stack.find(output);
+                    let Int4Row { values, scales, zeros } = to;
+                    matrix.read_int4(row, tandem_models::Int4Row { values, scales, zeros });
+                };
+                let group = group.next_multiple_of(8);
+                quantised(QuantisedRows::Int4 { group, row: &mut read })
+            }
+            (MatrixForm::Numbers, Quantization::W8a8) if inputs <= INT8_INPUTS_MAX => {
+                quantised(QuantisedRows::Int8(&mut |output, to| {
+                    stack.read(output, &mut numbers);
+                    quantise::int8(&numbers, to)
+                }))
+            }
+            (MatrixForm::Numbers, Quantization::Int4) => {
+                let mut make = |output: usize, to: Int4Row<'_>| {
+                    stack.read(output, &mut numbers);
+                    quantise::int4(&numbers, INT4_GROUP, to);
+                };
+                quantised(QuantisedRows::Int4 { group: INT4_GROUP, row: &mut make })
+            }
+            _ => {
+                let mut row = |output: usize, to: &mut [f32]| stack.read(output, to);
+                self.device.pack(Matrix { outputs, inputs, element: self.element, gated, row: &mut row })
             }
         };
-        let matrix = Matrix { outputs, inputs, element: self.element, gated, row: &mut row };
-        let packed = self.device.pack(matrix).map_err(|error| self.refused(error))?;
-        self.advance(tensors.iter().map(|(_, tensor)| tensor.bytes.len()).sum());
+        let packed = packed.map_err(|error| self.refused(error))?;
+        let bytes = stack.matrices.iter().map(|(_, matrix)| matrix.bytes()).sum();
+        self.advance(bytes);
         Ok(packed)
     }
 
