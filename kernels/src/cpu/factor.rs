@@ -13,7 +13,7 @@ use tandem_device::{
     Element, Error, INT8_INPUTS_MAX, Int4Row, Linear, LinearForm, QuantisedMatrix, QuantisedRows,
 };
 
-use super::form::{PANEL, tile_of_numbers};
+use super::form::{Ahead, Exact, Form, PANEL};
 use super::isa::kernel;
 use super::linear::{self, ROWS_BLOCK};
 use crate::memory::{Memory, Shared, slice_mut};
@@ -50,9 +50,10 @@ pub(super) struct Int8<'a, T> {
 /// Rows in 8-bit integers: a row is `scale * values`.
 #[derive(Clone, Copy)]
 pub(super) struct Int8Rows<'a> {
-    /// `[count][words]`, four inputs each, missing ones zero.
+    /// `[count][words][2]`: of four inputs the first and third, then the second and fourth, in 16 bits each as they are
+    /// multiplied; missing ones are zero.
     pub(super) values: &'a [u32],
-    /// Words of a row.
+    /// Words of weights that a row goes with.
     pub(super) words: usize,
     /// `[count]`; NaN where the row holds what is not finite.
     pub(super) scales: &'a [f32],
@@ -70,7 +71,7 @@ impl<T: Scalar> Factor for Int8<'_, T> {
         };
         let mut whole = [[0_i32; PANEL]; ROWS_BLOCK];
         let whole = &mut whole[..sums.len()];
-        let x = &self.rows.values[first * words..(first + sums.len()) * words];
+        let x = &self.rows.values[2 * first * words..2 * (first + sums.len()) * words];
         #[cfg(target_arch = "x86_64")]
         match self.vectors {
             // SAFETY: `vectors` says that the machine has AVX2.
@@ -90,19 +91,19 @@ impl<T: Scalar> Factor for Int8<'_, T> {
 
 /// Adds the products of rows of `words` with a panel: what every instruction set must give.
 fn int8(x: &[u32], words: usize, weights: &[u32], sums: &mut [[i32; PANEL]]) {
-    for (x, sums) in x.chunks_exact(words).zip(sums) {
-        for (x, weights) in x.iter().zip(weights.chunks_exact(PANEL)) {
-            let x = x.to_le_bytes().map(|byte| i32::from(byte as i8));
+    for (x, sums) in x.chunks_exact(2 * words).zip(sums) {
+        for (x, weights) in x.as_chunks::<2>().0.iter().zip(weights.chunks_exact(PANEL)) {
+            let [even, odd] = x.map(|pair| [i32::from(pair as i16), i32::from((pair >> 16) as i16)]);
             for (sum, weight) in sums.iter_mut().zip(weights) {
                 let weight = weight.to_le_bytes().map(|byte| i32::from(byte as i8));
-                *sum += x[0] * weight[0] + x[1] * weight[1] + x[2] * weight[2] + x[3] * weight[3];
+                *sum += even[0] * weight[0] + odd[0] * weight[1] + even[1] * weight[2] + odd[1] * weight[3];
             }
         }
     }
 }
 
-/// Rows of numbers and weights in 4-bit integers. Weights become the numbers they stand for, in float32, a piece of a
-/// panel at a time; `FUSED` products are one with their additions.
+/// Rows of numbers and weights in 4-bit integers, which become the numbers they stand for, in float32, on the way;
+/// `FUSED` products are one with their additions.
 pub(super) struct Int4<'a, T, const FUSED: bool> {
     /// `[count][inputs]`.
     pub(super) x: &'a [f32],
@@ -127,6 +128,12 @@ impl<T: Scalar, const FUSED: bool> Factor for Int4<'_, T, FUSED> {
             (self.panels.read(panel * PANEL * words, PANEL * words), scales)
         };
         sums.fill([0.0; PANEL]);
+        #[cfg(target_arch = "x86_64")]
+        if FUSED {
+            let x = &self.x[first * inputs..(first + sums.len()) * inputs];
+            // SAFETY: fused products are asked for where the machine has AVX2 and FMA.
+            return unsafe { x86::int4(x, inputs, self.group, weights, scales, sums) };
+        }
         let mut numbers = [[0.0; PANEL]; UNPACKED];
         for from in (0..inputs).step_by(UNPACKED) {
             let count = UNPACKED.min(inputs - from);
@@ -136,7 +143,11 @@ impl<T: Scalar, const FUSED: bool> Factor for Int4<'_, T, FUSED> {
                 unpack(weights, &scales[group * 2 * PANEL..][..2 * PANEL], numbers);
             }
             let x = &self.x[first * inputs + from..];
-            tile_of_numbers::<FUSED>(x, inputs, count, numbers.as_flattened(), sums);
+            for (tile, sums) in sums.chunks_mut(Exact::ROWS).enumerate() {
+                let x = &x[tile * Exact::ROWS * inputs..];
+                // SAFETY: this form needs no instructions of its own; it checks the rest.
+                unsafe { Exact::tile(x, inputs, count, numbers.as_flattened(), Ahead::NONE, sums) };
+            }
         }
     }
 }
@@ -248,15 +259,21 @@ fn quantise_body<T: Scalar>(job: &Quantise<'_, T>, part: usize, parts: usize) {
         }
         let scale = if finite { largest / 127.0 } else { f32::NAN };
         // SAFETY: each part has rows of its own.
-        let (values, scales) = unsafe { (job.values.part(row * words, words), job.scales.part(row, 1)) };
+        let (values, scales) =
+            unsafe { (job.values.part(2 * row * words, 2 * words), job.scales.part(row, 1)) };
         scales[0] = scale;
-        for (word, x) in values.iter_mut().zip(x.chunks(BYTES)) {
-            let mut bytes = [0; BYTES];
-            for (byte, value) in bytes.iter_mut().zip(x) {
-                // Of what is not finite nothing is kept but the scale.
-                *byte = (value.load() / scale).round_ties_even() as i8 as u8;
-            }
-            *word = u32::from_le_bytes(bytes);
+        // Of a row that is not finite nothing is kept but the scale.
+        let number = |value: &T| (value.load() / scale).round_ties_even() as i32 as u32;
+        let pair = |a: u32, b: u32| a & 0xffff | b << 16;
+        let (whole, rest) = x.as_chunks::<BYTES>();
+        let (pairs, last) = values.split_at_mut(2 * whole.len());
+        for (to, x) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(whole) {
+            let numbers: [u32; BYTES] = std::array::from_fn(|at| number(&x[at]));
+            *to = [pair(numbers[0], numbers[2]), pair(numbers[1], numbers[3])];
+        }
+        if let [even, odd] = last {
+            let number = |at: usize| rest.get(at).map_or(0, number);
+            (*even, *odd) = (pair(number(0), number(2)), pair(number(1), number(3)));
         }
     }
 }
@@ -277,17 +294,18 @@ mod tests {
                 let word = (at as u32 + 1).wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(2_246_822_519);
                 word ^ word >> 13
             };
-            // Rows never hold -128, weights of a checkpoint may.
-            let row = |word: u32| u32::from_le_bytes(word.to_le_bytes().map(|byte| match byte {
-                0x80 => 0x81,
-                byte if extreme => if byte & 1 == 0 { 0x7f } else { 0x81 },
-                byte => byte,
-            }));
+            let row = |word: u32| {
+                let number = |byte: u32| match byte as u8 as i8 {
+                    byte if extreme => if byte & 1 == 0 { 127 } else { -127 },
+                    byte => i16::from(byte).max(-127),
+                };
+                u32::from(number(word) as u16) | u32::from(number(word >> 8) as u16) << 16
+            };
             let weight = |word: u32| match extreme {
                 true => u32::from_le_bytes(word.to_le_bytes().map(|byte| if byte & 1 == 0 { 0x7f } else { 0x80 })),
                 false => word,
             };
-            let x: Vec<u32> = (0..rows * words).map(|at| row(number(at))).collect();
+            let x: Vec<u32> = (0..2 * rows * words).map(|at| row(number(at))).collect();
             let weights: Vec<u32> = (0..PANEL * words).map(|at| weight(number(at + 9999))).collect();
             let mut plain = vec![[7; PANEL]; rows];
             int8(&x, words, &weights, &mut plain);

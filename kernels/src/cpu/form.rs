@@ -119,21 +119,21 @@ impl Ahead {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn in_two(self) -> [Ahead; 2] {
+    pub(super) fn in_two(self) -> [Ahead; 2] {
         let first = self.lines / 2;
         let second = self.next.wrapping_add(first * LINE);
         [Ahead { lines: first, ..self }, Ahead { next: second, lines: self.lines - first, ..self }]
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn over(self, turns: usize) -> Ahead {
+    pub(super) fn over(self, turns: usize) -> Ahead {
         Ahead { turns: turns.max(1), ..self }
     }
 
     /// Fetches one turn's share.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn fetch_next(&mut self) {
+    pub(super) fn fetch_next(&mut self) {
         self.credit += self.lines;
         while self.credit >= self.turns {
             self.credit -= self.turns;
@@ -197,10 +197,10 @@ impl Form for Exact {
         check::<Exact>(x, stride, inputs, panel, sums.len());
         let panel = &panel[..inputs * PANEL];
         if let Ok(sums) = <&mut [_; 4]>::try_from(&mut *sums) {
-            return exact::<4, false>(x, stride, panel, sums);
+            return exact(x, stride, panel, sums);
         }
         for (row, sums) in sums.iter_mut().enumerate() {
-            exact::<1, false>(&x[row * stride..], stride, panel, std::array::from_mut(sums));
+            exact(&x[row * stride..], stride, panel, std::array::from_mut(sums));
         }
     }
 
@@ -217,12 +217,7 @@ impl Form for Exact {
 
 /// Half of the outputs at a time: so many sums fit the registers.
 #[inline(always)]
-fn exact<const R: usize, const FUSED: bool>(
-    x: &[f32],
-    stride: usize,
-    panel: &[f32],
-    sums: &mut [[f32; PANEL]; R],
-) {
+fn exact<const R: usize>(x: &[f32], stride: usize, panel: &[f32], sums: &mut [[f32; PANEL]; R]) {
     const HALF: usize = PANEL / 2;
     for first in [0, HALF] {
         let mut now: [[f32; HALF]; R] = std::array::from_fn(|r| std::array::from_fn(|j| sums[r][first + j]));
@@ -231,39 +226,13 @@ fn exact<const R: usize, const FUSED: bool>(
             for r in 0..R {
                 let value = x[r * stride + k];
                 for j in 0..HALF {
-                    now[r][j] = match FUSED {
-                        true => value.mul_add(weights[j], now[r][j]),
-                        false => now[r][j] + value * weights[j],
-                    };
+                    now[r][j] += value * weights[j];
                 }
             }
         }
         for r in 0..R {
             sums[r][first..first + HALF].copy_from_slice(&now[r]);
         }
-    }
-}
-
-/// [`Form::tile`] of numbers that were unpacked: as [`Exact`], or with products fused with additions, which is fast
-/// where the instruction set has that.
-#[inline(always)]
-pub(super) fn tile_of_numbers<const FUSED: bool>(
-    x: &[f32],
-    stride: usize,
-    inputs: usize,
-    panel: &[f32],
-    sums: &mut [[f32; PANEL]],
-) {
-    let panel = &panel[..inputs * PANEL];
-    let mut tiles = sums.chunks_exact_mut(4);
-    let mut row = 0;
-    for tile in &mut tiles {
-        exact::<4, FUSED>(&x[row * stride..], stride, panel, tile.try_into().expect("four rows"));
-        row += 4;
-    }
-    for sums in tiles.into_remainder() {
-        exact::<1, FUSED>(&x[row * stride..], stride, panel, std::array::from_mut(sums));
-        row += 1;
     }
 }
 

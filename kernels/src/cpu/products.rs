@@ -87,7 +87,7 @@ impl CpuStream {
         expect(call.x, count * inputs);
         let words = factor::words_of_bytes(inputs);
         let (mut values, mut scales) = (std::mem::take(&mut self.narrow), std::mem::take(&mut self.wide));
-        values.resize(values.len().max(count * words), 0);
+        values.resize(values.len().max(2 * count * words), 0);
         scales.resize(scales.len().max(count), 0.0);
         let job = Quantise::<T> {
             // SAFETY: as in `embed_as`.
