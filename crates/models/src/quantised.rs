@@ -460,3 +460,6 @@ fn e4m3(byte: u8) -> f32 {
     };
     if byte & 0x80 != 0 { -magnitude } else { magnitude }
 }
+
+#[cfg(test)]
+mod tests;

@@ -168,7 +168,14 @@ fn file(length: u64, header: &[u8], data: &[u8]) -> Vec<u8> {
 /// One test, because the allocator's record belongs to the process.
 #[test]
 fn damaged_files_are_refused_by_name_or_give_the_same_tensors() {
-    for (name, rounds) in [("glm4", 2000), ("qwen3-s7", 2000), ("llama-s5", 2000)] {
+    for (name, rounds) in [
+        ("glm4", 2000),
+        ("qwen3-s7", 2000),
+        ("llama-s5", 2000),
+        ("qwen3-gptq", 300),
+        ("qwen3-w8a8", 300),
+        ("qwen3-fp8", 300),
+    ] {
         let good = good(name);
         let mut refusals = [0; 3];
         for seed in 1..=rounds as u64 {

@@ -168,6 +168,9 @@ fn unpack(weights: &[u32], scales: &[f32], numbers: &mut [[f32; PANEL]]) {
     }
 }
 
+/// Writes an output: into its panel, the panel's factors, at a lane of both.
+type Write<'a> = Box<dyn FnMut(usize, &mut [u32], &mut [f32], usize) + 'a>;
+
 /// Packs a matrix of integers.
 pub(super) fn pack(matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
     let QuantisedMatrix { outputs, inputs, gated, rows } = matrix;
@@ -190,7 +193,7 @@ pub(super) fn pack(matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
     let scales = Memory::allocate(Element::F32, panels * PANEL * per_output)?;
     // SAFETY: nobody else has the buffers yet.
     let (packed, factors) = unsafe { (slice_mut::<u32>(&values), slice_mut::<f32>(&scales)) };
-    let mut write: Box<dyn FnMut(usize, &mut [u32], &mut [f32], usize)> = match rows {
+    let mut write: Write<'_> = match rows {
         QuantisedRows::Int8(row) => {
             let mut values = vec![0_i8; inputs];
             Box::new(move |output, panel, factors, lane| {
