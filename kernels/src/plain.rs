@@ -38,7 +38,7 @@ impl Device for Plain {
     }
 
     fn pack(&self, matrix: Matrix<'_>) -> Result<Linear, Error> {
-        let Matrix { outputs, inputs, element, gated, row } = matrix;
+        let Matrix { outputs, inputs, element, gated, row, .. } = matrix;
         let values = Memory::allocate(element, outputs * inputs)?;
         let mut all = vec![0.0; outputs * inputs];
         for (output, weights) in all.chunks_exact_mut(inputs).enumerate() {
@@ -52,7 +52,7 @@ impl Device for Plain {
     fn pack_quantised(&self, matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
         let QuantisedMatrix { outputs, inputs, gated, rows } = matrix;
         let values = Memory::allocate(Element::F32, outputs * inputs)?;
-        let (form, mut row): (_, Box<dyn FnMut(usize) -> Vec<f32>>) = match rows {
+        let (form, row): (_, Box<dyn Fn(usize) -> Vec<f32>>) = match rows {
             QuantisedRows::Int8(row) => (
                 LinearForm::Int8,
                 Box::new(move |output| {

@@ -27,8 +27,9 @@ fn linear(
 ) -> Vec<f32> {
     let gated = epilogue == Epilogue::Gate;
     let weights = random(seed, outputs * inputs);
-    let mut row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * inputs..][..inputs]);
-    let weight = bench.device.pack(Matrix { outputs, inputs, element, gated, row: &mut row }).unwrap();
+    let row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * inputs..][..inputs]);
+    let weight =
+        bench.device.pack(Matrix { outputs, inputs, element, gated, bytes: &|_| None, row: &row }).unwrap();
     let width = if gated { outputs / 2 } else { outputs };
     let part = |values: Vec<f32>, width: usize| values[rows.start * width..rows.end * width].to_vec();
     let x = bench.numbers(element, &part(random(seed + 1, count * inputs), inputs));
@@ -217,8 +218,9 @@ proptest! {
     ) {
         check(element, (width as f32).sqrt(), |bench| {
             let weights = random(seed, vocab * width);
-            let mut row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * width..][..width]);
-            let table = bench.device.pack(Matrix { outputs: vocab, inputs: width, element, gated: false, row: &mut row }).unwrap();
+            let row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * width..][..width]);
+            let matrix = Matrix { outputs: vocab, inputs: width, element, gated: false, bytes: &|_| None, row: &row };
+            let table = bench.device.pack(matrix).unwrap();
             let ids: Vec<u32> = (0..count)
                 .map(|at| if at % 3 == 1 { TOKEN_PREVIOUS } else { (at * 31 + 7) as u32 % vocab as u32 })
                 .collect();

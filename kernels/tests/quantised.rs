@@ -43,13 +43,13 @@ impl Product<'_> {
         let gated = self.epilogue == Epilogue::Gate;
         let noise = random(seed, outputs * inputs);
         let scale = |output: usize| 0.01 + (output * 7 % 5) as f32 / 256.0;
-        let mut int8 = |output: usize, row: &mut [i8]| {
+        let int8 = |output: usize, row: &mut [i8]| {
             for (value, noise) in row.iter_mut().zip(&noise[output * inputs..]) {
                 *value = (noise * 128.0) as i8;
             }
             scale(output)
         };
-        let mut int4 = |output: usize, row: Int4Row<'_>| {
+        let int4 = |output: usize, row: Int4Row<'_>| {
             for (value, noise) in row.values.iter_mut().zip(&noise[output * inputs..]) {
                 *value = ((noise + 1.0) * 8.0) as u8;
             }
@@ -59,8 +59,8 @@ impl Product<'_> {
             }
         };
         let rows_of = match self.form {
-            Form::Int8 => QuantisedRows::Int8(&mut int8),
-            Form::Int4 { group } => QuantisedRows::Int4 { group, row: &mut int4 },
+            Form::Int8 => QuantisedRows::Int8(&int8),
+            Form::Int4 { group } => QuantisedRows::Int4 { group, row: &int4 },
         };
         let matrix = QuantisedMatrix { outputs, inputs, gated, rows: rows_of };
         let weight = bench.device.pack_quantised(matrix).unwrap();
@@ -164,8 +164,8 @@ fn a_row_of_zeros_has_the_bias_as_its_product() {
 #[test]
 fn more_inputs_than_whole_sums_can_hold_are_refused() {
     each(|bench| {
-        let mut row = |_: usize, _: &mut [i8]| 1.0;
-        let rows = QuantisedRows::Int8(&mut row);
+        let row = |_: usize, _: &mut [i8]| 1.0;
+        let rows = QuantisedRows::Int8(&row);
         let matrix = QuantisedMatrix { outputs: 1, inputs: INT8_INPUTS_MAX + 1, gated: false, rows };
         let refusal = bench.device.pack_quantised(matrix).err().expect("too many").to_string();
         assert_eq!(refusal, "8-bit integers with 65537 inputs; at most 65536 are supported");

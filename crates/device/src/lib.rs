@@ -61,8 +61,10 @@ pub struct Matrix<'a> {
     pub element: Element,
     /// The rows are two halves, gate over up, and will be used with [`Epilogue::Gate`].
     pub gated: bool,
-    /// Fills in one row. Called once per row, in any order.
-    pub row: &'a mut dyn FnMut(usize, &mut [f32]),
+    /// The bytes of a row, little-endian, where it is of the element type already.
+    pub bytes: &'a (dyn Fn(usize) -> Option<&'a [u8]> + Sync),
+    /// Fills in one row. Called once per row that gave no bytes, in any order, by several threads.
+    pub row: &'a (dyn Fn(usize, &mut [f32]) + Sync),
 }
 
 /// A quantised weight matrix on its way to the device: row `r` computes output `r`.
@@ -77,17 +79,17 @@ pub struct QuantisedMatrix<'a> {
     pub rows: QuantisedRows<'a>,
 }
 
-/// What fills in the rows of a quantised matrix; each is called once per row, in any order.
+/// What fills in the rows of a quantised matrix; each is called once per row, in any order, by several threads.
 pub enum QuantisedRows<'a> {
     /// 8-bit integers; the row's scale comes back. The product quantises its own rows alike when it is computed: each
     /// by its largest magnitude, over 127.
-    Int8(&'a mut dyn FnMut(usize, &mut [i8]) -> f32),
+    Int8(&'a (dyn Fn(usize, &mut [i8]) -> f32 + Sync)),
     /// 4-bit integers; the product takes its own rows as they are.
     Int4 {
         /// Inputs of a group, a multiple of 8; the last group may have fewer.
         group: usize,
         /// Fills in a row: `value = (values[input] - zeros[group]) * scales[group]`.
-        row: &'a mut dyn FnMut(usize, Int4Row<'_>),
+        row: &'a (dyn Fn(usize, Int4Row<'_>) + Sync),
     },
 }
 

@@ -8,7 +8,7 @@ use tandem_device::{
     QuantisedRows,
 };
 use tandem_models::{
-    AttentionSpec, Checkpoint, FeedForwardSpec, Head, LayerPart, MatrixForm, NormSpec, Pairing, Part,
+    AttentionSpec, Checkpoint, Dtype, FeedForwardSpec, Head, LayerPart, MatrixForm, NormSpec, Pairing, Part,
 };
 
 use crate::quantise::{self, INT4_GROUP};
@@ -194,6 +194,21 @@ impl Stack<'_> {
         panic!("there are fewer outputs than {output} more")
     }
 
+    /// A row's bytes, where they are of the element type.
+    fn bytes(&self, output: usize, element: Element) -> Option<&[u8]> {
+        let (matrix, row) = self.find(output);
+        match (matrix.row_bytes(row)?, element) {
+            ((Dtype::Bf16, bytes), Element::Bf16) | ((Dtype::F32, bytes), Element::F32) => Some(bytes),
+            _ => None,
+        }
+    }
+
+    fn numbers(&self, output: usize) -> Vec<f32> {
+        let mut numbers = vec![0.0; self.inputs()];
+        self.read(output, &mut numbers);
+        numbers
+    }
+
     fn read(&self, output: usize, to: &mut [f32]) {
         let (matrix, row) = self.find(output);
         matrix.read_row(row, to);
@@ -255,40 +270,37 @@ impl Packer<'_> {
         let in_layer = parts.iter().all(|part| matches!(part, Part::Layer(..)));
         let form = if in_layer { stack.form() } else { MatrixForm::Numbers };
         let made = if in_layer { self.quantization } else { Quantization::Auto };
-        let mut numbers = vec![0.0; inputs];
         let quantised = |rows| self.device.pack_quantised(QuantisedMatrix { outputs, inputs, gated, rows });
         let packed = match (form, made) {
             (MatrixForm::Int8, _) if inputs <= INT8_INPUTS_MAX => {
-                quantised(QuantisedRows::Int8(&mut |output, to| {
+                quantised(QuantisedRows::Int8(&|output, to| {
                     let (matrix, row) = stack.find(output);
                     matrix.read_int8(row, to)
                 }))
             }
             (MatrixForm::Int4 { group }, _) if group % 8 == 0 || group >= inputs => {
-                let mut read = |output: usize, to: Int4Row<'_>| {
+                let read = |output: usize, to: Int4Row<'_>| {
                     let (matrix, row) = stack.find(output);
                     let Int4Row { values, scales, zeros } = to;
                     matrix.read_int4(row, tandem_models::Int4Row { values, scales, zeros });
                 };
                 let group = group.next_multiple_of(8);
-                quantised(QuantisedRows::Int4 { group, row: &mut read })
+                quantised(QuantisedRows::Int4 { group, row: &read })
             }
             (MatrixForm::Numbers, Quantization::W8a8) if inputs <= INT8_INPUTS_MAX => {
-                quantised(QuantisedRows::Int8(&mut |output, to| {
-                    stack.read(output, &mut numbers);
-                    quantise::int8(&numbers, to)
-                }))
+                quantised(QuantisedRows::Int8(&|output, to| quantise::int8(&stack.numbers(output), to)))
             }
             (MatrixForm::Numbers, Quantization::Int4) => {
-                let mut make = |output: usize, to: Int4Row<'_>| {
-                    stack.read(output, &mut numbers);
-                    quantise::int4(&numbers, INT4_GROUP, to);
+                let make = |output: usize, to: Int4Row<'_>| {
+                    quantise::int4(&stack.numbers(output), INT4_GROUP, to);
                 };
-                quantised(QuantisedRows::Int4 { group: INT4_GROUP, row: &mut make })
+                quantised(QuantisedRows::Int4 { group: INT4_GROUP, row: &make })
             }
             _ => {
-                let mut row = |output: usize, to: &mut [f32]| stack.read(output, to);
-                self.device.pack(Matrix { outputs, inputs, element: self.element, gated, row: &mut row })
+                let element = self.element;
+                let bytes = |output: usize| stack.bytes(output, element);
+                let row = |output: usize, to: &mut [f32]| stack.read(output, to);
+                self.device.pack(Matrix { outputs, inputs, element, gated, bytes: &bytes, row: &row })
             }
         };
         let packed = packed.map_err(|error| self.refused(error))?;

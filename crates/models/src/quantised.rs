@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use crate::config::Config;
 use crate::error::Error;
-use crate::weights::{Raw, Tensor, Weights};
+use crate::weights::{Dtype, Raw, Tensor, Weights};
 
 /// How a checkpoint's matrices are quantised, as its config says.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -360,6 +360,17 @@ impl Matrix<'_> {
             Values::Numbers(tensor) => tensor.bytes.len(),
             Values::Int8 { .. } | Values::Fp8 { .. } => self.outputs * self.inputs,
             Values::Int4 { .. } => (self.outputs * self.inputs).div_ceil(2),
+        }
+    }
+
+    /// The bytes of a row of numbers, and their element type; `None` where the matrix is quantised.
+    ///
+    /// # Panics
+    /// If there is no such row.
+    pub fn row_bytes(&self, row: usize) -> Option<(Dtype, &[u8])> {
+        match &self.values {
+            Values::Numbers(tensor) => Some((tensor.dtype, tensor.row_bytes(row))),
+            Values::Int8 { .. } | Values::Fp8 { .. } | Values::Int4 { .. } => None,
         }
     }
 

@@ -9,14 +9,10 @@ mod x86;
 
 use std::marker::PhantomData;
 
-use tandem_device::{
-    Element, Error, INT8_INPUTS_MAX, Int4Row, Linear, LinearForm, QuantisedMatrix, QuantisedRows,
-};
-
 use super::form::{Ahead, Exact, Form, PANEL};
 use super::isa::kernel;
-use super::linear::{self, ROWS_BLOCK};
-use crate::memory::{Memory, Shared, slice_mut};
+use super::linear::ROWS_BLOCK;
+use crate::memory::Shared;
 use crate::scalar::Scalar;
 
 /// Rows and weights, and how to multiply them.
@@ -29,9 +25,9 @@ pub(super) trait Factor: Send + Sync {
 }
 
 /// Inputs in a word of 8-bit integers.
-const BYTES: usize = 4;
+pub(super) const BYTES: usize = 4;
 /// Inputs in a word of 4-bit integers.
-const NIBBLES: usize = 8;
+pub(super) const NIBBLES: usize = 8;
 /// Inputs whose weights are unpacked at a time: so many of a panel stay in the first level of cache.
 const UNPACKED: usize = 128;
 
@@ -166,67 +162,6 @@ fn unpack(weights: &[u32], scales: &[f32], numbers: &mut [[f32; PANEL]]) {
             numbers[j] = value as i32 as f32 * scales[j] + offsets[j];
         }
     }
-}
-
-/// Writes an output: into its panel, the panel's factors, at a lane of both.
-type Write<'a> = Box<dyn FnMut(usize, &mut [u32], &mut [f32], usize) + 'a>;
-
-/// Packs a matrix of integers.
-pub(super) fn pack(matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
-    let QuantisedMatrix { outputs, inputs, gated, rows } = matrix;
-    assert!(!gated || outputs.is_multiple_of(2), "a gated matrix has two halves");
-    let panels = linear::panels(outputs, gated);
-    let (form, per_word, per_output) = match &rows {
-        QuantisedRows::Int8(_) if inputs > INT8_INPUTS_MAX => {
-            return Err(Error::Unsupported(format!(
-                "8-bit integers with {inputs} inputs; at most {INT8_INPUTS_MAX} are supported"
-            )));
-        }
-        QuantisedRows::Int8(_) => (LinearForm::Int8, BYTES, 1),
-        QuantisedRows::Int4 { group, .. } => {
-            assert!(*group > 0 && group.is_multiple_of(NIBBLES), "groups of whole words, not of {group}");
-            (LinearForm::Int4 { group: *group }, NIBBLES, 2 * inputs.div_ceil(*group))
-        }
-    };
-    let words = inputs.div_ceil(per_word);
-    let values = Memory::allocate(Element::U32, panels * PANEL * words)?;
-    let scales = Memory::allocate(Element::F32, panels * PANEL * per_output)?;
-    // SAFETY: nobody else has the buffers yet.
-    let (packed, factors) = unsafe { (slice_mut::<u32>(&values), slice_mut::<f32>(&scales)) };
-    let mut write: Write<'_> = match rows {
-        QuantisedRows::Int8(row) => {
-            let mut values = vec![0_i8; inputs];
-            Box::new(move |output, panel, factors, lane| {
-                factors[lane] = row(output, &mut values);
-                for (input, value) in values.iter().enumerate() {
-                    panel[input / BYTES * PANEL + lane] |= u32::from(*value as u8) << (8 * (input % BYTES));
-                }
-            })
-        }
-        QuantisedRows::Int4 { group, row } => {
-            let groups = inputs.div_ceil(group);
-            let (mut values, mut scales, mut zeros) =
-                (vec![0_u8; inputs], vec![0.0; groups], vec![0_u8; groups]);
-            Box::new(move |output, panel, factors, lane| {
-                row(output, Int4Row { values: &mut values, scales: &mut scales, zeros: &mut zeros });
-                for (input, value) in values.iter().enumerate() {
-                    let word = &mut panel[input / NIBBLES * PANEL + lane];
-                    *word |= u32::from(*value & 15) << (4 * (input % NIBBLES));
-                }
-                for (group, (scale, zero)) in scales.iter().zip(&zeros).enumerate() {
-                    factors[2 * group * PANEL + lane] = *scale;
-                    factors[(2 * group + 1) * PANEL + lane] = -f32::from(*zero) * scale;
-                }
-            })
-        }
-    };
-    for output in 0..outputs {
-        let (panel, lane) = linear::place(outputs, gated, output);
-        let factors = &mut factors[panel * PANEL * per_output..][..PANEL * per_output];
-        write(output, &mut packed[panel * PANEL * words..][..PANEL * words], factors, lane);
-    }
-    drop(write);
-    Ok(Linear { outputs, inputs, gated, form, values, scales: Some(scales) })
 }
 
 /// Rows to be quantised.

@@ -10,6 +10,7 @@ mod factor;
 mod form;
 mod isa;
 mod linear;
+mod pack;
 mod pages;
 mod pool;
 mod products;
@@ -104,14 +105,14 @@ impl Device for Cpu {
 
     fn pack(&self, matrix: Matrix<'_>) -> Result<Linear, Error> {
         match matrix.element {
-            Element::F32 => pack::<f32>(matrix),
-            Element::Bf16 => pack::<Bf16>(matrix),
+            Element::F32 => pack::numbers::<f32>(self, matrix),
+            Element::Bf16 => pack::numbers::<Bf16>(self, matrix),
             Element::U32 => Err(Error::Unsupported("weights are f32 or bf16".to_owned())),
         }
     }
 
     fn pack_quantised(&self, matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
-        factor::pack(matrix)
+        pack::integers(self, matrix)
     }
 
     fn stream(&self) -> Box<dyn Stream> {
@@ -123,32 +124,6 @@ impl Device for Cpu {
             rooms: Rooms::new(threads),
         })
     }
-}
-
-fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
-    let Matrix { outputs, inputs, element, gated, row } = matrix;
-    assert!(!gated || outputs.is_multiple_of(2), "a gated matrix has two halves");
-    let len = form::panel_len::<T>(inputs);
-    let values = Memory::allocate(element, linear::panels(outputs, gated) * len)?;
-    // SAFETY: nobody else has the buffer yet.
-    let panels = unsafe { slice_mut::<T>(&values) };
-    // A panel's rows together, so that it is written from its beginning to its end.
-    let mut weights = vec![0.0; form::PANEL * inputs];
-    let halves = if gated { 2 } else { 1 };
-    let half = outputs / halves;
-    for (at, panel) in panels.chunks_exact_mut(len).enumerate() {
-        let first = at % halves * half + at / halves * form::PANEL;
-        let count = form::PANEL.min(half - at / halves * form::PANEL);
-        for (output, weights) in (first..first + count).zip(weights.chunks_exact_mut(inputs)) {
-            row(output, weights);
-        }
-        for input in 0..inputs {
-            for lane in 0..count {
-                panel[form::place_in_panel::<T>(input, lane)] = T::store(weights[lane * inputs + input]);
-            }
-        }
-    }
-    Ok(Linear { outputs, inputs, gated, form: LinearForm::Numbers, values, scales: None })
 }
 
 struct CpuStream {

@@ -5,13 +5,14 @@
 //! taken within a round. A limit is what the case's bytes take at the rate of reading memory, or its products at the
 //! rate of the instruction set in use, whichever is longer.
 //!
-//! With `--quality DIR` it reports instead how far quantised weights of that checkpoint stray from bf16; the option can
-//! be given several times.
+//! With `--load` it reports instead how long loading takes and what memory it leaves in use; with `--quality DIR`, which
+//! can be given several times, how far quantised weights of that checkpoint stray from bf16.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 mod case;
+mod load;
 mod machine;
 mod quality;
 
@@ -26,6 +27,8 @@ struct Options {
     only: String,
     /// Weights of the layers.
     quantization: Quantization,
+    /// Measure loading instead.
+    load: bool,
     /// Checkpoints whose quality under quantisation is asked for.
     quality: Vec<PathBuf>,
 }
@@ -48,6 +51,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         rounds: 5,
         only: String::new(),
         quantization: Quantization::Auto,
+        load: false,
         quality: Vec::new(),
     };
     let mut arguments = arguments.iter();
@@ -58,6 +62,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         };
         match argument.as_str() {
             "--quick" => options.rounds = 1,
+            "--load" => options.load = true,
             "--threads" => options.threads = number()?,
             "--rounds" => options.rounds = number()?,
             "--only" => options.only = arguments.next().ok_or("--only needs a text")?.clone(),
@@ -68,7 +73,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
             wrong => {
                 return Err(format!(
                     "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT, --quantization \
-                     FORM, --quality DIR and --quick"
+                     FORM, --load, --quality DIR and --quick"
                 ));
             }
         }
@@ -80,6 +85,10 @@ fn run(options: &Options) -> Result<(), String> {
     if !options.quality.is_empty() {
         quality::head();
         return options.quality.iter().try_for_each(|dir| quality::report(dir, options.threads));
+    }
+    if options.load {
+        let dir = case::checkpoint()?;
+        return load::report(&dir, options.threads, options.rounds, options.quantization);
     }
     let cases: Vec<Case> =
         Case::all().into_iter().filter(|case| case.to_string().contains(&options.only)).collect();
