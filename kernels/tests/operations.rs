@@ -393,7 +393,7 @@ fn what_is_not_finite_in_a_token_is_seen_from_that_token_on_and_not_before() {
         for head in (0..HEADS).filter(|_| bad.is_some()) {
             let rows = ((cache.pages.layers + 1) * HEADS + head) * 64 + 32 + BAD % 32;
             let row = cache.pages.memory.part(rows * WIDTH..(rows + 1) * WIDTH);
-            let values = bench.numbers(element, &vec![bad.unwrap_or_default(); WIDTH]);
+            let values = bench.numbers(element, &[bad.unwrap_or_default(); WIDTH]);
             bench.stream.copy(&values, &row);
         }
         let positions: Vec<u32> = (0..LENGTH as u32).collect();

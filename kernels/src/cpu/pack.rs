@@ -82,9 +82,9 @@ impl Stored for Bf16 {
     }
 
     fn panel(isa: Isa, rows: &[Bf16], inputs: usize, panel: &mut [Bf16]) {
-        // SAFETY: (of all) an `Isa` in use was found available when the device was opened.
         match isa {
             #[cfg(target_arch = "x86_64")]
+            // SAFETY: an `Isa` in use was found available when the device was opened.
             Isa::Avx2 | Isa::Avx512 => unsafe {
                 form::Fused::panel_of_rows(rows, inputs, Ahead::NONE, panel)
             },
