@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use tandem_device::{
-    Attention, Buffer, Device, Download, Element, Embed, Epilogue, Error, KvLayer, KvPages, Linear,
-    LinearCall, Logits, Matrix, Norm, Penalties, QkvStore, Rotations, SampleCall, SampleRow, Sequences,
-    Stream, TOKEN_PREVIOUS, Tally,
+    Attention, Buffer, Device, Download, Element, Embed, Epilogue, Error, Int4Row, KvLayer, KvPages, Linear,
+    LinearCall, LinearForm, Logits, Matrix, Norm, Penalties, QkvStore, QuantisedMatrix, QuantisedRows,
+    Rotations, SampleCall, SampleRow, Sequences, Stream, TOKEN_PREVIOUS, Tally,
 };
 use tandem_memory::Region;
 
@@ -38,14 +38,48 @@ impl Device for Plain {
     }
 
     fn pack(&self, matrix: Matrix<'_>) -> Result<Linear, Error> {
-        let Matrix { outputs, inputs, element, gated, row } = matrix;
+        let Matrix { outputs, inputs, element, gated, row, .. } = matrix;
         let values = Memory::allocate(element, outputs * inputs)?;
         let mut all = vec![0.0; outputs * inputs];
         for (output, weights) in all.chunks_exact_mut(inputs).enumerate() {
             row(output, weights);
         }
         store(&values, 0, &all);
-        Ok(Linear { outputs, inputs, gated, values })
+        Ok(Linear { outputs, inputs, gated, form: LinearForm::Numbers, values, scales: None })
+    }
+
+    /// As the numbers that the integers stand for.
+    fn pack_quantised(&self, matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
+        let QuantisedMatrix { outputs, inputs, gated, rows } = matrix;
+        let values = Memory::allocate(Element::F32, outputs * inputs)?;
+        let (form, row): (_, Box<dyn Fn(usize) -> Vec<f32>>) = match rows {
+            QuantisedRows::Int8(row) => (
+                LinearForm::Int8,
+                Box::new(move |output| {
+                    let mut values = vec![0; inputs];
+                    let scale = row(output, &mut values);
+                    values.iter().map(|value| f32::from(*value) * scale).collect()
+                }),
+            ),
+            QuantisedRows::Int4 { group, row } => (
+                LinearForm::Int4 { group },
+                Box::new(move |output| {
+                    let groups = inputs.div_ceil(group);
+                    let (mut values, mut scales, mut zeros) =
+                        (vec![0; inputs], vec![0.0; groups], vec![0; groups]);
+                    let all = Int4Row { values: &mut values, scales: &mut scales, zeros: &mut zeros };
+                    row(output, all);
+                    let number = |(input, value): (usize, &u8)| {
+                        (f32::from(*value) - f32::from(zeros[input / group])) * scales[input / group]
+                    };
+                    values.iter().enumerate().map(number).collect()
+                }),
+            ),
+        };
+        for output in 0..outputs {
+            store(&values, output * inputs, &row(output));
+        }
+        Ok(Linear { outputs, inputs, gated, form, values, scales: None })
     }
 
     fn stream(&self) -> Box<dyn Stream> {
@@ -110,8 +144,17 @@ fn dot(a: &[f32], b: &[f32]) -> f64 {
     a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
 }
 
+/// A row as the product with 8-bit integers takes it: multiples of a 127th of its largest magnitude.
+fn rounded(x: &[f32]) -> Vec<f32> {
+    let largest = x.iter().fold(1e-12_f32, |largest, value| largest.max(value.abs()));
+    let scale = if x.iter().all(|value| value.is_finite()) { largest / 127.0 } else { f32::NAN };
+    x.iter().map(|value| (value / scale).round_ties_even() * scale).collect()
+}
+
 /// One row times all of a matrix, plus the bias.
 fn product(x: &[f32], weight: &Linear, bias: Option<&Buffer>) -> Vec<f32> {
+    let rounded = (weight.form == LinearForm::Int8).then(|| rounded(x));
+    let x = rounded.as_deref().unwrap_or(x);
     let bias = bias.map_or(vec![0.0; weight.outputs], |bias| load(bias, 0, weight.outputs));
     (0..weight.outputs)
         .map(|output| {

@@ -27,8 +27,9 @@ fn linear(
 ) -> Vec<f32> {
     let gated = epilogue == Epilogue::Gate;
     let weights = random(seed, outputs * inputs);
-    let mut row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * inputs..][..inputs]);
-    let weight = bench.device.pack(Matrix { outputs, inputs, element, gated, row: &mut row }).unwrap();
+    let row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * inputs..][..inputs]);
+    let weight =
+        bench.device.pack(Matrix { outputs, inputs, element, gated, bytes: &|_| None, row: &row }).unwrap();
     let width = if gated { outputs / 2 } else { outputs };
     let part = |values: Vec<f32>, width: usize| values[rows.start * width..rows.end * width].to_vec();
     let x = bench.numbers(element, &part(random(seed + 1, count * inputs), inputs));
@@ -217,8 +218,9 @@ proptest! {
     ) {
         check(element, (width as f32).sqrt(), |bench| {
             let weights = random(seed, vocab * width);
-            let mut row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * width..][..width]);
-            let table = bench.device.pack(Matrix { outputs: vocab, inputs: width, element, gated: false, row: &mut row }).unwrap();
+            let row = |output: usize, to: &mut [f32]| to.copy_from_slice(&weights[output * width..][..width]);
+            let matrix = Matrix { outputs: vocab, inputs: width, element, gated: false, bytes: &|_| None, row: &row };
+            let table = bench.device.pack(matrix).unwrap();
             let ids: Vec<u32> = (0..count)
                 .map(|at| if at % 3 == 1 { TOKEN_PREVIOUS } else { (at * 31 + 7) as u32 % vocab as u32 })
                 .collect();
@@ -375,6 +377,51 @@ fn attention_of_a_row_has_the_same_bits_whichever_rows_are_with_it() {
                     whole[whole.len() - last..].to_vec()
                 },
             );
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_in_a_token_is_seen_from_that_token_on_and_not_before() {
+    const HEADS: usize = 2;
+    const WIDTH: usize = 40;
+    const LENGTH: usize = 50;
+    const BAD: usize = 37;
+    let run = |bench: &mut Bench, element: Element, bad: Option<f32>| {
+        let cache = Cache::new(bench, element, HEADS, WIDTH, &[LENGTH], 5);
+        // Its table names pages in order; the token is in the second.
+        for head in (0..HEADS).filter(|_| bad.is_some()) {
+            let rows = ((cache.pages.layers + 1) * HEADS + head) * 64 + 32 + BAD % 32;
+            let row = cache.pages.memory.part(rows * WIDTH..(rows + 1) * WIDTH);
+            let values = bench.numbers(element, &[bad.unwrap_or_default(); WIDTH]);
+            bench.stream.copy(&values, &row);
+        }
+        let positions: Vec<u32> = (0..LENGTH as u32).collect();
+        let (positions, sequences) = (bench.words(&positions), bench.words(&[0; LENGTH]));
+        let queries = bench.numbers(element, &random(6, LENGTH * HEADS * WIDTH));
+        let to = bench.numbers(element, &vec![0.0; LENGTH * HEADS * WIDTH]);
+        bench.stream.attention(Attention {
+            queries: &queries,
+            rows: StepRows { count: LENGTH, positions: &positions, sequences: &sequences },
+            heads: HEADS,
+            scale: 0.2,
+            sequences: cache.sequences(),
+            kv: KvLayer { pages: &cache.pages, layer: 1 },
+            to: &to,
+        });
+        bench.read(&to)
+    };
+    for element in [Element::F32, Element::Bf16] {
+        for bad in [f32::NAN, f32::INFINITY] {
+            bench::each(|bench| {
+                let (good, got) = (run(bench, element, None), run(bench, element, Some(bad)));
+                let (before, after) = got.split_at(BAD * HEADS * WIDTH);
+                assert!(good[..before.len()] == *before, "{bad} {element:?}: an earlier token sees it");
+                assert!(
+                    after.iter().all(|value| !value.is_finite()),
+                    "{bad} {element:?}: a later one does not"
+                );
+            });
         }
     }
 }

@@ -44,6 +44,9 @@ pub trait Device: Send + Sync {
     /// Brings a weight matrix into the device's packed form, for good.
     fn pack(&self, matrix: Matrix<'_>) -> Result<Linear, Error>;
 
+    /// Brings a quantised weight matrix into the device's packed form, for good.
+    fn pack_quantised(&self, matrix: QuantisedMatrix<'_>) -> Result<Linear, Error>;
+
     /// A new queue of work. Streams of one device may share its threads.
     fn stream(&self) -> Box<dyn Stream>;
 }
@@ -58,8 +61,63 @@ pub struct Matrix<'a> {
     pub element: Element,
     /// The rows are two halves, gate over up, and will be used with [`Epilogue::Gate`].
     pub gated: bool,
-    /// Fills in one row. Called once per row, in any order.
-    pub row: &'a mut dyn FnMut(usize, &mut [f32]),
+    /// The bytes of a row, little-endian, where it is of the element type already.
+    pub bytes: &'a (dyn Fn(usize) -> Option<&'a [u8]> + Sync),
+    /// Fills in one row. Called once per row that gave no bytes, in any order, by several threads.
+    pub row: &'a (dyn Fn(usize, &mut [f32]) + Sync),
+}
+
+/// A quantised weight matrix on its way to the device: row `r` computes output `r`.
+pub struct QuantisedMatrix<'a> {
+    /// Rows.
+    pub outputs: usize,
+    /// Columns.
+    pub inputs: usize,
+    /// The rows are two halves, gate over up, and will be used with [`Epilogue::Gate`].
+    pub gated: bool,
+    /// What fills in the rows.
+    pub rows: QuantisedRows<'a>,
+}
+
+/// What fills in the rows of a quantised matrix; each is called once per row, in any order, by several threads.
+pub enum QuantisedRows<'a> {
+    /// 8-bit integers; the row's scale comes back. The product quantises its own rows alike when it is computed: each
+    /// by its largest magnitude, over 127.
+    Int8(&'a (dyn Fn(usize, &mut [i8]) -> f32 + Sync)),
+    /// 4-bit integers; the product takes its own rows as they are.
+    Int4 {
+        /// Inputs of a group, a multiple of 8; the last group may have fewer.
+        group: usize,
+        /// Fills in a row: `value = (values[input] - zeros[group]) * scales[group]`.
+        row: &'a (dyn Fn(usize, Int4Row<'_>) + Sync),
+    },
+}
+
+/// One row of 4-bit integers in groups.
+pub struct Int4Row<'a> {
+    /// One per input, 0 to 15.
+    pub values: &'a mut [u8],
+    /// One per group.
+    pub scales: &'a mut [f32],
+    /// One per group, 0 to 16.
+    pub zeros: &'a mut [u8],
+}
+
+/// Inputs that a matrix of 8-bit integers may have: sums of so many products fit 32 bits.
+pub const INT8_INPUTS_MAX: usize = 1 << 16;
+
+/// What a packed matrix holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LinearForm {
+    /// Numbers of the element type of `values`.
+    Numbers,
+    /// 8-bit integers with a scale per output.
+    Int8,
+    /// 4-bit integers.
+    Int4 {
+        /// Inputs of a group.
+        group: usize,
+    },
 }
 
 /// A packed weight matrix. Its form is the device's business; checkpoint formats end before it.
@@ -71,8 +129,12 @@ pub struct Linear {
     pub inputs: usize,
     /// Whether it was packed for [`Epilogue::Gate`].
     pub gated: bool,
+    /// What it holds.
+    pub form: LinearForm,
     /// The packed values.
     pub values: Buffer,
+    /// The scales of a quantised one.
+    pub scales: Option<Buffer>,
 }
 
 /// A queue of work on a device: calls return before the work is done (the CPU may do it at once), and the work

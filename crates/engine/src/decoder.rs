@@ -35,6 +35,8 @@ struct Activations {
     rows: usize,
     hidden: Buffer,
     normed: Buffer,
+    /// What a half of a layer adds to `hidden`, where that is normed first.
+    added: Buffer,
     qkv: Buffer,
     queries: Buffer,
     attended: Buffer,
@@ -106,15 +108,20 @@ impl Decoder {
         for (rope, to) in self.ropes.iter().zip(&a.rotations) {
             stream.rotations(Rotations { rows, frequencies: &rope.frequencies, scale: rope.scale, to });
         }
+        let mut add = None;
         for (layer, (group, index)) in self.weights.layers.iter().zip(&self.places) {
             let kv = KvLayer { pages: &self.kv[*group], layer: *index };
-            self.attend(stream, layer, rows, step.sequences_of(*group), kv);
-            self.feed_forward(stream, layer, count);
+            add = self.attend(stream, layer, rows, step.sequences_of(*group), kv, add);
+            add = self.feed_forward(stream, layer, count, add);
+        }
+        if add.is_some() {
+            // Only for what it adds: rows are normed for the logits when it is known which are wanted.
+            norm(stream, &self.weights.final_norm, &a.hidden, add, count, &a.normed);
         }
         Ok(())
     }
 
-    /// `hidden += output(attention(norm(hidden)))`.
+    /// `hidden += add`, then `hidden += output(attention(norm(hidden)))`, or what is to be added, normed.
     fn attend(
         &self,
         stream: &mut dyn Stream,
@@ -122,13 +129,14 @@ impl Decoder {
         rows: StepRows<'_>,
         sequences: tandem_device::Sequences<'_>,
         kv: KvLayer<'_>,
-    ) {
+        add: Option<&Buffer>,
+    ) -> Option<&Buffer> {
         let a = &self.activations;
         let count = rows.count;
         let attention = &layer.attention;
         let rope = self.ropes.iter().position(|rope| rope.width == attention.width);
         let rope = rope.expect("there is a rope for each head width");
-        norm(stream, &layer.attention_norm, &a.hidden, count, &a.normed);
+        norm(stream, &layer.attention_norm, &a.hidden, add, count, &a.normed);
         stream.linear(LinearCall {
             x: &a.normed,
             count,
@@ -160,21 +168,21 @@ impl Decoder {
             kv,
             to: &a.attended,
         });
-        stream.linear(LinearCall {
-            x: &a.attended,
-            count,
-            weight: &attention.output.weight,
-            bias: attention.output.bias.as_ref(),
-            epilogue: Epilogue::Residual,
-            to: &a.hidden,
-        });
+        self.end_half(stream, &a.attended, &attention.output, layer.attention_output_norm.as_ref(), count)
     }
 
-    /// `hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))`.
-    fn feed_forward(&self, stream: &mut dyn Stream, layer: &weights::Layer, count: usize) {
+    /// `hidden += add`, then `hidden += down(silu(gate(norm(hidden))) * up(norm(hidden)))`, or what is to be added,
+    /// normed.
+    fn feed_forward(
+        &self,
+        stream: &mut dyn Stream,
+        layer: &weights::Layer,
+        count: usize,
+        add: Option<&Buffer>,
+    ) -> Option<&Buffer> {
         let a = &self.activations;
         let feed_forward = &layer.feed_forward;
-        norm(stream, &layer.feed_forward_norm, &a.hidden, count, &a.normed);
+        norm(stream, &layer.feed_forward_norm, &a.hidden, add, count, &a.normed);
         stream.linear(LinearCall {
             x: &a.normed,
             count,
@@ -183,14 +191,27 @@ impl Decoder {
             epilogue: Epilogue::Gate,
             to: &a.gated,
         });
-        stream.linear(LinearCall {
-            x: &a.gated,
-            count,
-            weight: &feed_forward.down.weight,
-            bias: feed_forward.down.bias.as_ref(),
-            epilogue: Epilogue::Residual,
-            to: &a.hidden,
-        });
+        self.end_half(stream, &a.gated, &feed_forward.down, layer.feed_forward_output_norm.as_ref(), count)
+    }
+
+    /// The last product of a half of a layer: added to `hidden` at once, or normed and left for the next norm to add.
+    fn end_half(
+        &self,
+        stream: &mut dyn Stream,
+        x: &Buffer,
+        projection: &weights::Projection,
+        output_norm: Option<&weights::Norm>,
+        count: usize,
+    ) -> Option<&Buffer> {
+        let a = &self.activations;
+        let (epilogue, to) = match output_norm {
+            None => (Epilogue::Residual, &a.hidden),
+            Some(_) => (Epilogue::None, &a.normed),
+        };
+        let (weight, bias) = (&projection.weight, projection.bias.as_ref());
+        stream.linear(LinearCall { x, count, weight, bias, epilogue, to });
+        norm(stream, output_norm?, &a.normed, None, count, &a.added);
+        Some(&a.added)
     }
 
     /// Logits of `count` of the last run's rows, named by `rows`, into `to`; `gathered` and `normed` are T
@@ -204,13 +225,20 @@ impl Decoder {
         to: &Buffer,
     ) {
         stream.gather_rows(&self.activations.hidden, rows, count, self.hidden(), gathered);
-        norm(stream, &self.weights.final_norm, gathered, count, normed);
+        norm(stream, &self.weights.final_norm, gathered, None, count, normed);
         stream.logits(Logits { x: normed, count, weight: &self.weights.head, to });
     }
 }
 
-fn norm(stream: &mut dyn Stream, norm: &weights::Norm, x: &Buffer, count: usize, to: &Buffer) {
-    stream.norm(Norm { x, add: None, weight: &norm.weight, epsilon: norm.epsilon, count, to });
+fn norm(
+    stream: &mut dyn Stream,
+    norm: &weights::Norm,
+    x: &Buffer,
+    add: Option<&Buffer>,
+    count: usize,
+    to: &Buffer,
+) {
+    stream.norm(Norm { x, add, weight: &norm.weight, epsilon: norm.epsilon, count, to });
 }
 
 impl Activations {
@@ -233,6 +261,7 @@ impl Activations {
             rows,
             hidden: of(hidden)?,
             normed: of(hidden)?,
+            added: of(hidden)?,
             qkv: of(qkv)?,
             queries: of(queries)?,
             attended: of(queries)?,

@@ -22,6 +22,7 @@ use tandem_types::{KvForm, KvIdentity, Time};
 mod decoder;
 mod estimate;
 pub mod fake;
+mod quantise;
 #[cfg(feature = "bench")]
 pub mod random_checkpoint;
 mod runner;
@@ -29,6 +30,7 @@ mod slots;
 mod step;
 mod weights;
 
+pub use quantise::Quantization;
 pub use runner::DecoderEngine;
 pub use tandem_models::{KvKind, KvSpec};
 
@@ -98,6 +100,8 @@ pub struct Facts {
 pub struct Options {
     /// Element type of weights, activations and KV.
     pub dtype: Dtype,
+    /// Whether weights are quantised at load.
+    pub quantization: Quantization,
     /// Threads that compute, the caller's included; at least 1.
     pub threads: usize,
     /// Memory for KV pages, in bytes.
@@ -111,10 +115,11 @@ pub struct Options {
 }
 
 impl Default for Options {
-    /// The checkpoint's type, one thread, 512 MiB, depth 0, private memory.
+    /// The checkpoint's type and quantisation, one thread, 512 MiB, depth 0, private memory.
     fn default() -> Self {
         Options {
             dtype: Dtype::Auto,
+            quantization: Quantization::Auto,
             threads: 1,
             kv_bytes: 512 << 20,
             depth: 0,

@@ -111,9 +111,16 @@ impl DecoderEngine {
         let region = Arc::new(region);
         let memory = device.map(region.clone(), element).map_err(|error| refused(error.to_string()))?;
 
-        let identity = identity(&checkpoint, element, &*device);
         let (kv, group_offsets) = kv_pages(&groups, &page_bytes, pages, &memory);
-        let packed = weights::pack(&checkpoint, &*device, element, &*options.progress)?;
+        // The digest is another pass over the same bytes: at the same time it costs a second core, not a second time.
+        let (digest, packed) = std::thread::scope(|scope| {
+            let digest = scope.spawn(|| checkpoint.digest());
+            let packed =
+                weights::pack(&checkpoint, &*device, element, options.quantization, &*options.progress);
+            (digest.join().expect("reading bytes does not panic"), packed)
+        });
+        let packed = packed?;
+        let identity = identity(&checkpoint, digest, element, &*device, &packed.forms());
         let decoder =
             Decoder::new(spec, device.clone(), element, packed, kv, places(&groups, spec.layers.len()))
                 .map_err(|error| refused(error.to_string()))?;
@@ -394,11 +401,19 @@ fn map(bytes: u64, shared: bool) -> std::io::Result<Region> {
 }
 
 /// Digest of everything that makes KV bytes what they are.
-fn identity(checkpoint: &Checkpoint, element: Element, device: &dyn Device) -> KvIdentity {
+fn identity(
+    checkpoint: &Checkpoint,
+    weights: blake3::Hash,
+    element: Element,
+    device: &dyn Device,
+    forms: &[String],
+) -> KvIdentity {
     let mut digest = blake3::Hasher::new();
-    digest.update(checkpoint.digest().as_bytes());
+    digest.update(weights.as_bytes());
     digest.update(format!("{} {:?} {BLOCK_TOKENS}", element.as_str(), checkpoint.spec().rope).as_bytes());
-    KvIdentity { digest: digest.finalize().to_hex().to_string(), numerics: device.numerics(element) }
+    // Quantised products have other results than those of numbers, so they are a class of their own.
+    let numerics = [vec![device.numerics(element)], forms.to_vec()].concat().join("-");
+    KvIdentity { digest: digest.finalize().to_hex().to_string(), numerics }
 }
 
 /// The groups' pages lie one group after the other in the region.

@@ -517,3 +517,24 @@ proptest! {
         });
     }
 }
+
+#[test]
+fn each_quantisation_is_a_numerics_class_of_its_own_with_the_same_weights() {
+    use tandem_engine::Quantization;
+    let of = |name: &str, quantization| {
+        let options = Options { quantization, ..options(Dtype::Bfloat16, 1) };
+        DecoderEngine::load(&checkpoint(name), options).map(|engine| engine.facts().identity.clone())
+    };
+    let plain = of("qwen3", Quantization::Auto).unwrap();
+    let int8 = of("qwen3", Quantization::W8a8).unwrap();
+    let int4 = of("qwen3", Quantization::Int4).unwrap();
+    assert_eq!((&plain.digest, &plain.digest), (&int8.digest, &int4.digest));
+    assert_eq!(int8.numerics, format!("{}-int8", plain.numerics));
+    assert_eq!(int4.numerics, format!("{}-int4g64", plain.numerics));
+    for (name, suffix) in [("w8a8", "-int8"), ("gptq", "-int4g64"), ("awq", "-int4g64"), ("fp8", "")] {
+        let name = format!("qwen3-{name}");
+        assert_eq!(of(&name, Quantization::Auto).unwrap().numerics, format!("{}{suffix}", plain.numerics));
+        let refusal = of(&name, Quantization::Int4).unwrap_err().to_string();
+        assert!(refusal.contains("quantised already") && refusal.contains(&name), "{refusal}");
+    }
+}

@@ -8,6 +8,8 @@ use tandem_types::TokenId;
 use crate::arch::{self, WeightNames};
 use crate::config::Config;
 use crate::error::Error;
+use crate::quantised::{self, Matrix, Scheme};
+use crate::safetensors::File;
 use crate::spec::{DecoderSpec, Head, Part, WeightSpec};
 use crate::weights::{Dtype, Tensor, Weights};
 
@@ -19,6 +21,7 @@ pub struct Checkpoint {
     names: &'static WeightNames,
     dtype: Dtype,
     stop_tokens: Vec<TokenId>,
+    scheme: Scheme,
     weights: Weights,
     needed: Vec<WeightSpec>,
 }
@@ -37,30 +40,85 @@ pub(crate) fn open_with(dir: &Path, config: &str) -> Result<Checkpoint, Error> {
         return Err(unreadable(io::Error::from(io::ErrorKind::NotADirectory)));
     }
     let config = Config::read(&dir.join(config))?;
-    let architecture = arch::find(&config)?;
-    arch::refuse_quantised(&config)?;
-    let mut spec = (architecture.spec)(&config)?;
-    let stop_tokens = stop_tokens(dir, &config, spec.vocab)?;
+    let generation = match Config::read(&dir.join("generation_config.json")) {
+        Ok(generation) => Some(generation),
+        Err(Error::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
+        Err(error) => return Err(error),
+    };
+    let name = dir.file_name().or(whole.file_name()).unwrap_or("model".as_ref());
+    assemble(dir, &name.to_string_lossy(), &config, generation.as_ref(), || Weights::open(dir))
+}
+
+/// Opens a checkpoint that lies in memory, as the texts of `config.json` and `model.safetensors`: every check that
+/// [`open`] makes, without a file. For tests that feed it arbitrary bytes.
+pub fn from_bytes(config: &[u8], weights: Vec<u8>) -> Result<Checkpoint, Error> {
+    let config = Config::parse(Path::new("config.json"), config)?;
+    assemble(Path::new(""), "memory", &config, None, || {
+        Ok(Weights::single(File::given(Path::new("model.safetensors"), weights)?))
+    })
+}
+
+/// What is stated is understood first, so that a model which is not supported is refused before its weights are
+/// looked for.
+fn assemble(
+    dir: &Path,
+    name: &str,
+    config: &Config,
+    generation: Option<&Config>,
+    weights: impl FnOnce() -> Result<Weights, Error>,
+) -> Result<Checkpoint, Error> {
+    let architecture = arch::find(config)?;
+    let scheme = Scheme::read(config)?;
+    let mut spec = (architecture.spec)(config)?;
+    let stop_tokens = stop_tokens(generation, config, spec.vocab)?;
     let stated = config.dtype()?;
 
-    let weights = Weights::open(dir)?;
+    let weights = weights()?;
     untie(&mut spec, architecture.names, &weights)?;
     let needed = spec.weights();
     for weight in &needed {
-        weights.tensor(&architecture.names.name(weight.part), &weight.shape)?;
+        check(&weights, scheme, architecture.names, weight)?;
     }
-    let stored = weights.tensor(architecture.names.embedding, &[spec.vocab, spec.hidden])?.dtype;
-    let name = dir.file_name().or(whole.file_name()).unwrap_or("model".as_ref());
+    let stored = weights.tensor(architecture.names.embedding, &[spec.vocab, spec.hidden], (0, 1))?.dtype;
     Ok(Checkpoint {
         dir: dir.to_owned(),
-        name: name.to_string_lossy().into_owned(),
+        name: name.to_owned(),
         spec,
         names: architecture.names,
         dtype: stated.unwrap_or(stored),
         stop_tokens,
+        scheme,
         weights,
         needed,
     })
+}
+
+/// Looks for a weight and checks it.
+fn check(weights: &Weights, scheme: Scheme, names: &WeightNames, weight: &WeightSpec) -> Result<(), Error> {
+    match weight.shape.len() {
+        2 => find_matrix(weights, scheme, names, weight).map(drop),
+        _ => find(weights, names, weight).map(drop),
+    }
+}
+
+/// A matrix where the architecture's names say it is, whatever form it has there.
+fn find_matrix<'a>(
+    weights: &'a Weights,
+    scheme: Scheme,
+    names: &WeightNames,
+    weight: &'a WeightSpec,
+) -> Result<Matrix<'a>, Error> {
+    // No format has embedding tables.
+    let scheme = if weight.part == Part::Embedding { Scheme::None } else { scheme };
+    let place = names.place(weight.part);
+    let name = names.name(weight.part);
+    quantised::matrix(weights, scheme, &name, &weight.shape, (place.share, place.shares))
+}
+
+/// A weight where the architecture's names say it is.
+fn find<'a>(weights: &'a Weights, names: &WeightNames, weight: &'a WeightSpec) -> Result<Tensor<'a>, Error> {
+    let place = names.place(weight.part);
+    weights.tensor(&names.name(weight.part), &weight.shape, (place.share, place.shares))
 }
 
 /// A config may say "tied" where the checkpoint holds a head of its own. As in `transformers`, a head that differs
@@ -69,7 +127,7 @@ fn untie(spec: &mut DecoderSpec, names: &WeightNames, weights: &Weights) -> Resu
     if spec.head == Head::Tied && weights.contains(names.head) {
         let shape = [spec.vocab, spec.hidden];
         let (embedding, head) =
-            (weights.tensor(names.embedding, &shape)?, weights.tensor(names.head, &shape)?);
+            (weights.tensor(names.embedding, &shape, (0, 1))?, weights.tensor(names.head, &shape, (0, 1))?);
         if (embedding.dtype, embedding.bytes) != (head.dtype, head.bytes) {
             spec.head = Head::Separate;
         }
@@ -79,13 +137,8 @@ fn untie(spec: &mut DecoderSpec, names: &WeightNames, weights: &Weights) -> Resu
 
 /// The tokens that end an answer: those of `generation_config.json`, or else of the config. Ids beyond the
 /// vocabulary can never be drawn and are left out.
-fn stop_tokens(dir: &Path, config: &Config, vocab: usize) -> Result<Vec<TokenId>, Error> {
-    let generation = match Config::read(&dir.join("generation_config.json")) {
-        Ok(generation) => Some(generation),
-        Err(Error::Unreadable { source, .. }) if source.kind() == io::ErrorKind::NotFound => None,
-        Err(error) => return Err(error),
-    };
-    for source in generation.iter().chain([config]) {
+fn stop_tokens(generation: Option<&Config>, config: &Config, vocab: usize) -> Result<Vec<TokenId>, Error> {
+    for source in generation.into_iter().chain([config]) {
         let Some(mut ids) = source.token_ids("eos_token_id")? else { continue };
         ids.retain(|id| (*id as usize) < vocab);
         ids.sort_unstable();
@@ -131,37 +184,69 @@ impl Checkpoint {
         self.names.name(part)
     }
 
+    /// The quantised format its config names, if any: `gptq`.
+    pub fn quantised(&self) -> Option<&'static str> {
+        self.scheme.name()
+    }
+
     /// A weight that the spec asks for. `Part::Head` of a tied head is not one: ask for the embedding.
     ///
     /// # Panics
-    /// If the spec does not ask for it.
+    /// If the spec does not ask for it, or it is quantised.
     pub fn weight(&self, part: Part) -> Tensor<'_> {
+        self.checked(self.needed(part))
+    }
+
+    /// A matrix that the spec asks for, quantised or not.
+    ///
+    /// # Panics
+    /// If the spec does not ask for it, or it is a vector.
+    pub fn matrix(&self, part: Part) -> Matrix<'_> {
+        let matrix = find_matrix(&self.weights, self.scheme, self.names, self.needed(part));
+        matrix.expect("open has checked every weight of the spec")
+    }
+
+    fn needed(&self, part: Part) -> &WeightSpec {
         let needed = self.needed.iter().find(|weight| weight.part == part);
-        self.checked(needed.unwrap_or_else(|| panic!("{part:?} is not a weight of this model")))
+        needed.unwrap_or_else(|| panic!("{part:?} is not a weight of this model"))
     }
 
-    /// Every weight in the canonical order of [`DecoderSpec::weights`].
+    /// Every weight that is not quantised, in the canonical order of [`DecoderSpec::weights`].
     pub fn weights(&self) -> impl Iterator<Item = (Part, Tensor<'_>)> {
-        self.needed.iter().map(|weight| (weight.part, self.checked(weight)))
+        let plain = |weight: &&WeightSpec| find(&self.weights, self.names, weight).is_ok();
+        self.needed.iter().filter(plain).map(|weight| (weight.part, self.checked(weight)))
     }
 
-    /// Bytes of all weights as they lie in the files.
+    /// Bytes of all weights as they lie in the files, without the scales of quantised ones.
     pub fn total_bytes(&self) -> u64 {
-        self.weights().map(|(_, tensor)| tensor.bytes.len() as u64).sum()
+        let bytes = self.needed.iter().map(|weight| match weight.shape.len() {
+            2 => self.matrix(weight.part).bytes(),
+            _ => self.checked(weight).bytes.len(),
+        });
+        bytes.map(|bytes| bytes as u64).sum()
     }
 
     /// Digest of the weights' content, the same for every way of cutting them into files. Reads them all; where
     /// they are read anyway, feed a [`WeightDigest`] on the way.
     pub fn digest(&self) -> blake3::Hash {
         let mut digest = WeightDigest::default();
-        for (part, tensor) in self.weights() {
-            digest.add(&self.weight_name(part), &tensor);
+        for weight in &self.needed {
+            let name = self.weight_name(weight.part);
+            match find(&self.weights, self.names, weight) {
+                Ok(tensor) => digest.add(&name, &tensor),
+                Err(_) => {
+                    digest.0.update(format!("{name} {:?}\n", self.scheme).as_bytes());
+                    for piece in quantised::pieces(&self.weights, &name) {
+                        digest.piece(&piece.name, piece.dtype(), piece.shape(), piece.bytes);
+                    }
+                }
+            }
         }
         digest.finish()
     }
 
-    fn checked(&self, weight: &WeightSpec) -> Tensor<'_> {
-        let tensor = self.weights.tensor(&self.names.name(weight.part), &weight.shape);
+    fn checked<'a>(&'a self, weight: &'a WeightSpec) -> Tensor<'a> {
+        let tensor = find(&self.weights, self.names, weight);
         tensor.expect("open has checked every weight of the spec")
     }
 }
@@ -173,9 +258,12 @@ pub struct WeightDigest(blake3::Hasher);
 impl WeightDigest {
     /// Takes in one weight: its name in the checkpoint, element type, shape (which gives the length) and bytes.
     pub fn add(&mut self, name: &str, tensor: &Tensor<'_>) {
-        let head = format!("{name} {} {:?}\n", tensor.dtype.as_str(), tensor.shape);
-        self.0.update(head.as_bytes());
-        self.0.update(tensor.bytes);
+        self.piece(name, tensor.dtype.as_str(), tensor.shape, tensor.bytes);
+    }
+
+    fn piece(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: &[u8]) {
+        self.0.update(format!("{name} {dtype} {shape:?}\n").as_bytes());
+        self.0.update(bytes);
     }
 
     /// The digest of everything added.
@@ -437,6 +525,20 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn what_is_no_ordinary_file_or_too_long_to_be_one_is_not_read() {
+        for name in ["config.json", "model.safetensors"] {
+            let folder = checkpoint(&qwen3());
+            folder.remove(name);
+            fs::create_dir(folder.path().join(name)).unwrap();
+            refused(&folder, name, "is not an ordinary file");
+        }
+        let folder = checkpoint(&qwen3());
+        let file = fs::OpenOptions::new().write(true).open(folder.path().join("config.json")).unwrap();
+        file.set_len(1 << 32).unwrap();
+        refused(&folder, "config.json", "has 4294967296 bytes; at most 268435456 are read");
     }
 
     fn committed() -> Vec<PathBuf> {

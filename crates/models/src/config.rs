@@ -8,13 +8,16 @@ use serde_json::{Map, Value};
 use tandem_types::TokenId;
 
 use crate::error::Error;
-use crate::rope::{RopeKind, RopeSpec, yarn_attention_factor};
+use crate::rope::{Pairing, RopeKind, RopeSpec, yarn_attention_factor};
 use crate::weights::Dtype;
 
 /// Base of the rotation where a config gives none.
 const THETA_DEFAULT: f64 = 10_000.0;
 /// The largest size that is believed; far above every real model, far below what overflows.
 const SIZE_MAX: usize = 1 << 24;
+
+/// Longer files of JSON are not read; the index of a model of a trillion weights is shorter.
+const FILE_BYTES_MAX: u64 = 256 << 20;
 
 /// A model's configuration: a JSON object and the file it came from.
 pub struct Config {
@@ -25,9 +28,17 @@ pub struct Config {
 impl Config {
     /// Reads a file that must hold a JSON object.
     pub fn read(file: &Path) -> Result<Config, Error> {
-        let bytes =
-            std::fs::read(file).map_err(|source| Error::Unreadable { file: file.to_owned(), source })?;
-        Config::parse(file, &bytes)
+        let unreadable = |source| Error::Unreadable { file: file.to_owned(), source };
+        let facts = std::fs::metadata(file).map_err(unreadable)?;
+        // A pipe would be waited for, and a device may never end.
+        if !facts.is_file() {
+            return Err(unreadable(std::io::Error::other("is not an ordinary file")));
+        }
+        if facts.len() > FILE_BYTES_MAX {
+            let fact = format!("has {} bytes; at most {FILE_BYTES_MAX} are read", facts.len());
+            return Err(Error::Unsupported { file: file.to_owned(), fact });
+        }
+        Config::parse(file, &std::fs::read(file).map_err(unreadable)?)
     }
 
     /// Reads the text of a file.
@@ -146,8 +157,18 @@ impl Config {
         }
     }
 
-    /// The rotation, in either spelling. Where both are present they must say the same.
+    /// The rotation of whole heads, in either spelling. Where both are present they must say the same.
     pub fn rope(&self, context_tokens: u32) -> Result<RopeSpec, Error> {
+        let spec = self.partial_rope(context_tokens, Pairing::Halves, 1.0)?;
+        if spec.share != 1.0 {
+            let share = spec.share;
+            return Err(self.unsupported(format!("partial_rotary_factor is {share}; only 1 is supported")));
+        }
+        Ok(spec)
+    }
+
+    /// The same where a part of each head may be rotated: `share` of it where the config does not say.
+    pub fn partial_rope(&self, context_tokens: u32, pairing: Pairing, share: f64) -> Result<RopeSpec, Error> {
         let object = |key: &'static str| match self.get(key) {
             None => Ok(None),
             Some(Value::Object(facts)) if facts.is_empty() => Ok(None),
@@ -161,16 +182,20 @@ impl Config {
             None => Ok(None),
         };
         let theta = theta_of(newer)?.or(theta_of(older)?).or(theta).unwrap_or(THETA_DEFAULT);
+        let mut share = self.share(&self.facts, "")?.unwrap_or(share);
+        for (key, facts) in [older, newer].into_iter().flatten() {
+            share = self.share(facts, key)?.unwrap_or(share);
+        }
         let mut spec = None;
         for (key, facts) in [older, newer].into_iter().flatten() {
-            let this = self.scaled(key, facts, theta, context_tokens)?;
+            let kind = self.scaled(key, facts, context_tokens)?;
+            let this = RopeSpec { theta, kind, share, pairing };
             if spec.is_some_and(|other| other != this) {
                 return Err(self.broken("rope_scaling and rope_parameters contradict each other"));
             }
             spec = Some(this);
         }
-        self.whole_rotation(&self.facts, "")?;
-        let spec = spec.unwrap_or(RopeSpec { theta, kind: RopeKind::Default });
+        let spec = spec.unwrap_or(RopeSpec { theta, kind: RopeKind::Default, share, pairing });
         if spec.theta <= 1.0 {
             return Err(self.unsupported(format!("rope_theta is {}; it must be greater than 1", spec.theta)));
         }
@@ -178,13 +203,7 @@ impl Config {
     }
 
     /// One object of rope numbers.
-    fn scaled(
-        &self,
-        key: &str,
-        facts: &Map<String, Value>,
-        theta: f64,
-        context_tokens: u32,
-    ) -> Result<RopeSpec, Error> {
+    fn scaled(&self, key: &str, facts: &Map<String, Value>, context_tokens: u32) -> Result<RopeKind, Error> {
         let known =
             ["rope_type", "type"].iter().find_map(|name| facts.get(*name).filter(|value| !value.is_null()));
         if known.is_none() && facts.values().any(Value::is_object) {
@@ -192,7 +211,6 @@ impl Config {
         }
         let number = |name: &str| self.positive(facts, key, name);
         let required = |name: &str| number(name)?.ok_or_else(|| self.broken(format!("{key} has no {name}")));
-        self.whole_rotation(facts, key)?;
         let original_context = || match self.positive(&self.facts, "", "original_max_position_embeddings")? {
             Some(tokens) => Ok(tokens),
             None => Ok(number("original_max_position_embeddings")?.unwrap_or(f64::from(context_tokens))),
@@ -254,16 +272,16 @@ impl Config {
                 )));
             }
         };
-        Ok(RopeSpec { theta, kind })
+        Ok(kind)
     }
 
-    /// Refuses heads of which only a part is rotated.
-    fn whole_rotation(&self, facts: &Map<String, Value>, place: &str) -> Result<(), Error> {
-        match self.non_negative(facts, place, "partial_rotary_factor")? {
-            None | Some(1.0) => Ok(()),
-            Some(part) => {
-                Err(self.unsupported(format!("partial_rotary_factor is {part}; only 1 is supported")))
+    /// The share of a head that is rotated, if it is stated.
+    fn share(&self, facts: &Map<String, Value>, place: &str) -> Result<Option<f64>, Error> {
+        match self.positive(facts, place, "partial_rotary_factor")? {
+            Some(share) if share > 1.0 => {
+                Err(self.broken(format!("partial_rotary_factor is {share}, more than a whole head")))
             }
+            share => Ok(share),
         }
     }
 
@@ -327,7 +345,8 @@ mod tests {
 
     #[test]
     fn what_a_rotation_leaves_out_has_the_defaults_of_the_reference_implementation() {
-        let plain = RopeSpec { theta: 10_000.0, kind: RopeKind::Default };
+        let plain =
+            RopeSpec { theta: 10_000.0, kind: RopeKind::Default, share: 1.0, pairing: Pairing::Halves };
         assert_eq!(rope(json!({})).unwrap(), plain);
         assert_eq!(rope(json!({"rope_scaling": null, "rope_parameters": {}})).unwrap(), plain);
         let yarn = |attention_factor, factor, original_context| RopeKind::Yarn {
@@ -374,6 +393,7 @@ mod tests {
                 json!({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.25}}),
                 "is 0.25; only 1",
             ),
+            (json!({"partial_rotary_factor": 1.5}), "partial_rotary_factor is 1.5, more than a whole head"),
             (json!({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}), "differs between layers"),
             (
                 json!({"rope_scaling": {"type": "linear", "factor": 2}, "rope_parameters": {"rope_type": "default"}}),

@@ -12,6 +12,7 @@ mod arch;
 mod checkpoint;
 mod config;
 mod error;
+mod quantised;
 mod rope;
 mod safetensors;
 mod spec;
@@ -19,11 +20,12 @@ mod spec;
 mod testing;
 mod weights;
 
-pub use arch::{ARCHITECTURES, Architecture, WeightNames};
-pub use checkpoint::{Checkpoint, WeightDigest, open};
+pub use arch::{ARCHITECTURES, Architecture, Place, WeightNames};
+pub use checkpoint::{Checkpoint, WeightDigest, from_bytes, open};
 pub use config::Config;
 pub use error::Error;
-pub use rope::{RopeKind, RopeSpec};
+pub use quantised::{Int4Row, Matrix, MatrixForm};
+pub use rope::{Pairing, RopeKind, RopeSpec};
 pub use spec::{
     Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, Head, KvGroup, KvKind, KvSpec, LayerPart,
     LayerSpec, NormSpec, Part, WeightSpec,

@@ -10,6 +10,31 @@ pub struct RopeSpec {
     pub theta: f64,
     /// How the frequencies are scaled for longer contexts.
     pub kind: RopeKind,
+    /// The share of a head's elements that is rotated, from its first on; 1 is all.
+    pub share: f64,
+    /// Which elements of a head turn together.
+    pub pairing: Pairing,
+}
+
+/// Which of a head's `n` rotated elements turn together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Pairing {
+    /// Element `i` with element `i + n / 2`.
+    Halves,
+    /// Element `2 i` with element `2 i + 1`.
+    Neighbours,
+}
+
+impl Pairing {
+    /// Where element `at` of a head comes from when its `rotated` first elements are put in the order of
+    /// [`Pairing::Halves`]. Queries and keys in another order give the same scores.
+    pub fn source(self, at: usize, rotated: usize) -> usize {
+        match self {
+            Pairing::Neighbours if at < rotated / 2 => 2 * at,
+            Pairing::Neighbours if at < rotated => 2 * (at - rotated / 2) + 1,
+            Pairing::Halves | Pairing::Neighbours => at,
+        }
+    }
 }
 
 /// Ways of scaling the frequencies.
@@ -51,9 +76,14 @@ pub enum RopeKind {
 }
 
 impl RopeSpec {
-    /// Radians per position of each pair of a head, fastest first: `head_dim / 2` values. Element `i` of a head
-    /// pairs with element `i + head_dim / 2`.
+    /// Elements of a head that are rotated.
+    pub fn rotated(&self, head_dim: usize) -> usize {
+        (head_dim as f64 * self.share) as usize
+    }
+
+    /// Radians per position of each pair of a head, fastest first: half as many as [`RopeSpec::rotated`].
     pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f64> {
+        let head_dim = self.rotated(head_dim);
         let plain = (0..head_dim / 2).map(|pair| self.theta.powf(-((2 * pair) as f64) / head_dim as f64));
         match self.kind {
             RopeKind::Default => plain.collect(),
@@ -116,6 +146,22 @@ pub(crate) fn yarn_attention_factor(factor: f64, mscale: Option<f64>, mscale_all
 #[cfg(test)]
 mod tests {
     use serde_json::{Value, json};
+
+    use super::{Pairing, RopeKind, RopeSpec};
+
+    #[test]
+    fn neighbours_are_put_into_halves_and_what_is_not_rotated_stays() {
+        let order = |pairing: Pairing| (0..8).map(|at| pairing.source(at, 6)).collect::<Vec<_>>();
+        assert_eq!(order(Pairing::Neighbours), [0, 2, 4, 1, 3, 5, 6, 7]);
+        assert_eq!(order(Pairing::Halves), [0, 1, 2, 3, 4, 5, 6, 7]);
+    }
+
+    #[test]
+    fn a_part_of_a_head_turns_as_a_smaller_head_would() {
+        let whole = RopeSpec { theta: 1e4, kind: RopeKind::Default, share: 1.0, pairing: Pairing::Halves };
+        let half = RopeSpec { share: 0.5, ..whole };
+        assert_eq!(half.inverse_frequencies(32), whole.inverse_frequencies(16));
+    }
 
     use crate::testing::config;
 

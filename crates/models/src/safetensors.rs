@@ -4,6 +4,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fmt;
 use std::fs;
+use std::io;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
@@ -15,14 +16,21 @@ use crate::error::Error;
 
 /// Longer headers are taken for damage. The format's own limit.
 const HEADER_BYTES_MAX: u64 = 100_000_000;
+/// Longer names of tensors are taken for damage; they would fill every message.
+const NAME_BYTES_MAX: usize = 1024;
 /// What Git LFS leaves in place of a file that was not fetched begins with this.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
-/// A mapped file.
+/// A file in memory.
 pub(crate) struct File {
     path: PathBuf,
-    map: Mmap,
+    content: Content,
     entries: HashMap<String, Entry>,
+}
+
+enum Content {
+    Mapped(Mmap),
+    Given(Vec<u8>),
 }
 
 /// A tensor as the header describes it.
@@ -39,12 +47,26 @@ impl File {
     /// Maps a file and reads its header.
     pub fn open(path: &Path) -> Result<File, Error> {
         let unreadable = |source| Error::Unreadable { file: path.to_owned(), source };
+        // A pipe would be waited for.
+        if !fs::metadata(path).map_err(unreadable)?.is_file() {
+            return Err(unreadable(io::Error::other("is not an ordinary file")));
+        }
         let file = fs::File::open(path).map_err(unreadable)?;
         // SAFETY: the map is read-only and private to this process. That nobody truncates or rewrites the file
         // while it is mapped is kept by whoever runs the process: checkpoints are replaced as whole files.
         let map = unsafe { Mmap::map(&file) }.map_err(unreadable)?;
-        let entries = read_header(&map).map_err(|fact| Error::Broken { file: path.to_owned(), fact })?;
-        Ok(File { path: path.to_owned(), map, entries })
+        File::of(path, Content::Mapped(map))
+    }
+
+    /// The same of a file's bytes; the path is what errors name.
+    pub fn given(path: &Path, bytes: Vec<u8>) -> Result<File, Error> {
+        File::of(path, Content::Given(bytes))
+    }
+
+    fn of(path: &Path, content: Content) -> Result<File, Error> {
+        let entries =
+            read_header(content.bytes()).map_err(|fact| Error::Broken { file: path.to_owned(), fact })?;
+        Ok(File { path: path.to_owned(), content, entries })
     }
 
     pub fn path(&self) -> &Path {
@@ -61,7 +83,16 @@ impl File {
 
     /// The bytes of one of this file's entries.
     pub fn bytes(&self, entry: &Entry) -> &[u8] {
-        &self.map[entry.bytes.clone()]
+        &self.content.bytes()[entry.bytes.clone()]
+    }
+}
+
+impl Content {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Content::Mapped(map) => map,
+            Content::Given(bytes) => bytes,
+        }
     }
 }
 
@@ -182,6 +213,10 @@ impl<'de> Deserialize<'de> for Header {
                 let mut tensors = Vec::new();
                 let mut seen = HashSet::new();
                 while let Some(name) = map.next_key::<String>()? {
+                    if name.len() > NAME_BYTES_MAX {
+                        let fact = format!("the name of a tensor has {} bytes", name.len());
+                        return Err(serde::de::Error::custom(fact));
+                    }
                     if name == "__metadata__" {
                         map.next_value::<serde::de::IgnoredAny>()?;
                         continue;
@@ -244,6 +279,7 @@ mod tests {
         refused(b"", "is truncated: 0 bytes");
         refused(b"1234567", "is truncated: 7 bytes");
         refused(b"version https://git-lfs.github.com/spec/v1\noid sha256:00", "Git LFS pointer");
+        refused(&(1_u64 << 63).to_le_bytes(), "it claims 9223372036854775808 bytes, at most 100000000");
         refused(&u64::MAX.to_le_bytes(), "header too long: it claims 18446744073709551615 bytes");
         refused(
             &[100_u64.to_le_bytes().as_slice(), b"{}"].concat(),
@@ -252,6 +288,8 @@ mod tests {
         refused(&with("{", 0), "the header is not valid: EOF");
         refused(&with("[]", 0), "expected an object of tensors");
         refused(&with("\u{1}", 0), "the header is not valid");
+        let name = format!(r#"{{"{}":{{}}}}"#, "a".repeat(1025));
+        refused(&with(&name, 0), "the name of a tensor has 1025 bytes");
         refused(&file(r#"{"a":{"dtype":"F32"}}"#, b""), "tensor a: missing field `shape`");
         refused(
             &with(r#"{"a":{"dtype":"F32","shape":[-1],"data_offsets":[0,4]}}"#, 4),

@@ -25,17 +25,22 @@ pub struct DecoderSpec {
     pub rope: RopeSpec,
 }
 
-/// One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`.
+/// One layer: `x += attention(norm(x))`, then `x += feed_forward(norm(x))`; with output norms
+/// `x += output_norm(attention(norm(x)))`, and the other half alike.
 #[derive(Clone, Debug, PartialEq)]
 pub struct LayerSpec {
     /// Before attention.
     pub attention_norm: NormSpec,
     /// The attention.
     pub attention: AttentionSpec,
+    /// Of what attention adds, if there is one.
+    pub attention_output_norm: Option<NormSpec>,
     /// Before the feed-forward.
     pub feed_forward_norm: NormSpec,
     /// The feed-forward.
     pub feed_forward: FeedForwardSpec,
+    /// Of what the feed-forward adds, if there is one.
+    pub feed_forward_output_norm: Option<NormSpec>,
 }
 
 /// Division by the root of the mean square, then multiplication by a weight.
@@ -54,7 +59,7 @@ pub enum AttentionSpec {
         heads: usize,
         /// Key-value heads.
         kv_heads: usize,
-        /// Elements of a head; even. Rotated as two halves: element `i` pairs with `i + head_dim / 2`.
+        /// Elements of a head; even. Which of them are rotated, and in what pairs, says [`RopeSpec`].
         head_dim: usize,
         /// Whether the query, key and value projections have biases.
         qkv_bias: bool,
@@ -136,6 +141,8 @@ pub enum LayerPart {
     Output,
     /// Its bias.
     OutputBias,
+    /// Norm of what attention adds to the hidden row.
+    AttentionOutputNorm,
     /// Norm before the feed-forward.
     FeedForwardNorm,
     /// Gate projection.
@@ -150,6 +157,8 @@ pub enum LayerPart {
     Down,
     /// Its bias.
     DownBias,
+    /// Norm of what the feed-forward adds to the hidden row.
+    FeedForwardOutputNorm,
 }
 
 /// A weight that a decoder needs.
@@ -262,6 +271,9 @@ impl LayerSpec {
                 }
             }
         }
+        if self.attention_output_norm.is_some() {
+            needs(AttentionOutputNorm, vec![hidden]);
+        }
         needs(FeedForwardNorm, vec![hidden]);
         match self.feed_forward {
             FeedForwardSpec::Gated { width, bias, .. } => {
@@ -277,6 +289,9 @@ impl LayerSpec {
                     }
                 }
             }
+        }
+        if self.feed_forward_output_norm.is_some() {
+            needs(FeedForwardOutputNorm, vec![hidden]);
         }
     }
 }

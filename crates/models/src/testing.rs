@@ -113,7 +113,7 @@ pub(crate) fn config(facts: &Value) -> Config {
 pub(crate) fn spec(facts: &Value) -> Result<DecoderSpec, String> {
     let config = config(facts);
     let spec = arch::find(&config).and_then(|row| {
-        arch::refuse_quantised(&config)?;
+        crate::quantised::Scheme::read(&config)?;
         (row.spec)(&config)
     });
     spec.map_err(|error| error.to_string())
@@ -124,7 +124,7 @@ pub(crate) fn weights(facts: &Value) -> Vec<Written> {
     let row = arch::find(&config(facts)).expect("the architecture is known");
     let spec = spec(facts).expect("the config is supported");
     let mut number = 0_u16;
-    let mut weights = Vec::new();
+    let mut weights: Vec<Written> = Vec::new();
     for weight in spec.weights() {
         let elements: usize = weight.shape.iter().product();
         let mut bytes = Vec::new();
@@ -132,12 +132,15 @@ pub(crate) fn weights(facts: &Value) -> Vec<Written> {
             number = number.wrapping_add(1);
             bytes.extend((0x3f00 + number % 509).to_le_bytes());
         }
-        weights.push(Written {
-            name: row.names.name(weight.part),
-            dtype: "BF16",
-            shape: weight.shape,
-            bytes,
-        });
+        let name = row.names.name(weight.part);
+        match weights.last_mut() {
+            // A further share of the same tensor.
+            Some(Written { name: last, shape, bytes: all, .. }) if *last == name => {
+                shape[0] += weight.shape[0];
+                all.extend(bytes);
+            }
+            _ => weights.push(Written { name, dtype: "BF16", shape: weight.shape, bytes }),
+        }
     }
     weights
 }

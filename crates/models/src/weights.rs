@@ -130,9 +130,7 @@ impl Weights {
         let single = dir.join("model.safetensors");
         let index = dir.join("model.safetensors.index.json");
         if exists(&single) {
-            let file = File::open(&single)?;
-            let places = file.names().map(|name| (name.to_owned(), 0)).collect();
-            return Ok(Weights { files: vec![file], places, listing: single });
+            return Ok(Weights::single(File::open(&single)?));
         }
         if exists(&index) {
             return Weights::open_shards(dir, &index);
@@ -142,6 +140,13 @@ impl Weights {
             fact: "has neither model.safetensors nor model.safetensors.index.json; other weight files are not read"
                 .to_owned(),
         })
+    }
+
+    /// The weights of one file.
+    pub fn single(file: File) -> Weights {
+        let places = file.names().map(|name| (name.to_owned(), 0)).collect();
+        let listing = file.path().to_owned();
+        Weights { files: vec![file], places, listing }
     }
 
     fn open_shards(dir: &Path, index: &Path) -> Result<Weights, Error> {
@@ -187,8 +192,43 @@ impl Weights {
         self.places.contains_key(name)
     }
 
-    /// A tensor that must be there in a supported element type and with this shape.
-    pub fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor<'_>, Error> {
+    /// The element type of a tensor as the file spells it, if there is one of this name.
+    pub fn dtype(&self, name: &str) -> Option<&str> {
+        Some(&self.find(name)?.1.dtype)
+    }
+
+    /// A tensor as it is, if there is one of this name.
+    pub fn any(&self, name: &str) -> Option<Raw<'_>> {
+        let (file, entry) = self.find(name)?;
+        Some(Raw { name: name.to_owned(), file: file.path(), entry, bytes: file.bytes(entry) })
+    }
+
+    /// A tensor that must be there in one of some element types and shapes.
+    pub fn raw(&self, name: &str, dtypes: &[&str], shapes: &[&[usize]]) -> Result<Raw<'_>, Error> {
+        let Some((file, entry)) = self.find(name) else {
+            let fact = format!("tensor {name} is missing; the config asks for it with shape {:?}", shapes[0]);
+            return Err(Error::Broken { file: self.listing.clone(), fact });
+        };
+        let broken = |fact| Error::Broken { file: file.path().to_owned(), fact };
+        if !dtypes.contains(&entry.dtype.as_str()) {
+            let (dtype, wanted) = (&entry.dtype, dtypes.join(", "));
+            return Err(broken(format!("tensor {name} has dtype {dtype}; its format asks for {wanted}")));
+        }
+        if !shapes.contains(&entry.shape.as_slice()) {
+            let (shape, wanted) = (&entry.shape, shapes[0]);
+            return Err(broken(format!("tensor {name} has shape {shape:?}; the config asks for {wanted:?}")));
+        }
+        Ok(Raw { name: name.to_owned(), file: file.path(), entry, bytes: file.bytes(entry) })
+    }
+
+    /// A tensor that must be there in a supported element type and with this shape; of a tensor that holds several
+    /// weights, its share of the rows.
+    pub fn tensor<'a>(
+        &'a self,
+        name: &str,
+        shape: &'a [usize],
+        (share, shares): (usize, usize),
+    ) -> Result<Tensor<'a>, Error> {
         let Some((file, entry)) = self.find(name) else {
             return Err(Error::Broken {
                 file: self.listing.clone(),
@@ -202,13 +242,50 @@ impl Weights {
                 fact: format!("tensor {name} has dtype {}; supported are BF16, F16 and F32", entry.dtype),
             });
         };
-        if entry.shape != shape {
+        let mut whole = shape.to_vec();
+        whole[0] *= shares;
+        if entry.shape != whole {
             return Err(Error::Broken {
                 file: path(),
-                fact: format!("tensor {name} has shape {:?}; the config asks for {shape:?}", entry.shape),
+                fact: format!("tensor {name} has shape {:?}; the config asks for {whole:?}", entry.shape),
             });
         }
-        Ok(Tensor { dtype, shape: &entry.shape, bytes: file.bytes(entry) })
+        let bytes = file.bytes(entry);
+        let width = bytes.len() / shares;
+        Ok(Tensor { dtype, shape, bytes: &bytes[share * width..][..width] })
+    }
+}
+
+/// A tensor as the file has it, of any element type.
+pub(crate) struct Raw<'a> {
+    pub name: String,
+    file: &'a Path,
+    entry: &'a Entry,
+    pub bytes: &'a [u8],
+}
+
+impl Raw<'_> {
+    /// Element type as the file spells it.
+    pub fn dtype(&self) -> &str {
+        &self.entry.dtype
+    }
+
+    pub fn shape(&self) -> &[usize] {
+        &self.entry.shape
+    }
+
+    /// An error about the file it is in.
+    pub fn broken(&self, fact: String) -> Error {
+        Error::Broken { file: self.file.to_owned(), fact }
+    }
+
+    /// The elements in float32.
+    ///
+    /// # Panics
+    /// If they are of a type that is no [`Dtype`].
+    pub fn numbers(&self) -> Vec<f32> {
+        let dtype = Dtype::from_safetensors(&self.entry.dtype).expect("asked for with such a type");
+        Tensor { dtype, shape: &self.entry.shape, bytes: self.bytes }.to_f32()
     }
 }
 

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use tandem_chassis::config::{ByteSize, HumanDuration};
-use tandem_engine::Dtype;
 use tandem_engine::fake::FakeSpec;
+use tandem_engine::{Dtype, Quantization};
 use tandem_types::Role;
 
 /// Options of a worker.
@@ -52,6 +52,10 @@ pub struct WorkerConfig {
     /// Element type of weights, activations and KV: auto, bfloat16 or float32
     #[arg(long, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// How weights of layers are held: auto (as the checkpoint has them), or made from numbers at load: w8a8 (8 bits,
+    /// and rows in 8 bits) or int4 (4 bits in groups of 64)
+    #[arg(long, default_value_t = Quantization::Auto)]
+    pub quantization: Quantization,
     /// Threads that compute; by default all cores but one, at least one
     #[arg(long)]
     pub threads: Option<usize>,
@@ -220,6 +224,7 @@ mod tests {
             "--role=decode",
             "--model=/m",
             "--dtype=float32",
+            "--quantization=w8a8",
             "--threads=3",
             "--kv-memory=1GiB",
             "--fake=paced:50ms,5ms,slow=2",

@@ -43,8 +43,8 @@ pub use process::process_main;
 
 /// What a worker's options are made of, for services that fill them in.
 pub mod engine {
-    pub use tandem_engine::Dtype;
     pub use tandem_engine::fake::{CONTEXT_TOKENS as FAKE_CONTEXT_TOKENS, FakeSpec};
+    pub use tandem_engine::{Dtype, Quantization};
 }
 
 use crate::core::{Constants, Core};
@@ -274,6 +274,7 @@ async fn load(
     let dir = config.model.clone().ok_or_else(|| StartError::Config("--model DIR is needed".into()))?;
     let options = Options {
         dtype: config.dtype,
+        quantization: config.quantization,
         threads,
         kv_bytes: config.kv_memory.0,
         depth: 0,

@@ -404,12 +404,22 @@ fn tile<F: Form>(
         let partial = &mut room.tile[r * partial_len(width)..];
         (partial[0], partial[1]) = (highest, sum);
     }
-    // Tokens that a query does not see weigh exactly nothing, and their values are finite as long as the sequence is.
+    // Tokens that a query does not see weigh exactly nothing.
     for (at, panel) in room.values.chunks_exact(panel_len::<F::Stored>(SPAN)).enumerate() {
         let sums = &mut sums[..rows];
         sums.fill([0.0; PANEL]);
         // SAFETY: as above.
         unsafe { F::tile(&room.weights, SPAN, used, panel, Ahead::NONE, sums) };
+        for r in 0..rows {
+            let seen = seen(queries.start + r);
+            if (1..used).contains(&seen) && sums[r].iter().any(|sum| !sum.is_finite()) {
+                // Nothing times what is not finite is no number: a later token's values must not be touched.
+                sums[r].fill(0.0);
+                let weights = &room.weights[r * SPAN..];
+                // SAFETY: as above.
+                unsafe { F::tile(weights, SPAN, seen, panel, Ahead::NONE, &mut sums[r..=r]) };
+            }
+        }
         let lanes = PANEL.min(width - at * PANEL);
         for (r, sums) in sums.iter().enumerate() {
             let first = r * partial_len(width) + 2 + at * PANEL;

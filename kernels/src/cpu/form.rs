@@ -119,21 +119,21 @@ impl Ahead {
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn in_two(self) -> [Ahead; 2] {
+    pub(super) fn in_two(self) -> [Ahead; 2] {
         let first = self.lines / 2;
         let second = self.next.wrapping_add(first * LINE);
         [Ahead { lines: first, ..self }, Ahead { next: second, lines: self.lines - first, ..self }]
     }
 
     #[cfg(target_arch = "x86_64")]
-    fn over(self, turns: usize) -> Ahead {
+    pub(super) fn over(self, turns: usize) -> Ahead {
         Ahead { turns: turns.max(1), ..self }
     }
 
     /// Fetches one turn's share.
     #[cfg(target_arch = "x86_64")]
     #[inline(always)]
-    fn fetch_next(&mut self) {
+    pub(super) fn fetch_next(&mut self) {
         self.credit += self.lines;
         while self.credit >= self.turns {
             self.credit -= self.turns;

@@ -5,6 +5,7 @@
 
 use tandem_device::{Epilogue, Linear};
 
+use super::factor::Factor;
 use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
 use crate::math;
@@ -13,7 +14,7 @@ use crate::scalar::Scalar;
 
 /// Rows that go through all panels together: as many as the second level of cache holds beside the panels. More
 /// come in equal blocks, each of which reads the weights again.
-const ROWS_BLOCK: usize = 70;
+pub(super) const ROWS_BLOCK: usize = 70;
 /// Inputs that are multiplied at a time when a panel serves several tiles: so much of a panel, and of the next one,
 /// stays in the second level of cache.
 const INPUTS_BLOCK: usize = 1024;
@@ -34,15 +35,22 @@ pub(super) fn panels(outputs: usize, gated: bool) -> usize {
 }
 
 /// What the kernel is told.
-pub(super) struct Product<'a, F: Form> {
-    /// Rows, `[count][inputs]`.
-    pub(super) x: &'a [F::Input],
+pub(super) struct Product<'a, F: Factor> {
+    /// The rows and the weights.
+    pub(super) factor: F,
     pub(super) count: usize,
     pub(super) weight: &'a Linear,
-    pub(super) panels: Shared<F::Stored>,
     pub(super) bias: Option<&'a [f32]>,
     pub(super) epilogue: Epilogue,
     pub(super) to: Output<F::Stored>,
+}
+
+/// Rows and weights of numbers.
+pub(super) struct Numbers<'a, F: Form> {
+    /// `[count][inputs]`.
+    pub(super) x: &'a [F::Input],
+    pub(super) inputs: usize,
+    pub(super) panels: Shared<F::Stored>,
 }
 
 /// Where results go: stored as activations, or as logits in float32.
@@ -53,11 +61,11 @@ pub(super) enum Output<T> {
 
 kernel!(
     /// Runs part `part` of `parts` of the product: a fixed range of panels.
-    product, body, Product<F: Form>
+    product, body, Product<F: Factor>
 );
 
 #[inline(always)]
-fn body<F: Form>(job: &Product<'_, F>, part: usize, parts: usize) {
+fn body<F: Factor>(job: &Product<'_, F>, part: usize, parts: usize) {
     let groups = panels(job.weight.outputs, job.weight.gated) / if job.weight.gated { 2 } else { 1 };
     let blocks = job.count.div_ceil(ROWS_BLOCK);
     let (mut sums, mut ups) = ([[0.0; PANEL]; ROWS_BLOCK], [[0.0; PANEL]; ROWS_BLOCK]);
@@ -66,24 +74,39 @@ fn body<F: Form>(job: &Product<'_, F>, part: usize, parts: usize) {
         let (sums, ups) = (&mut sums[..last - first], &mut ups[..last - first]);
         for at in groups * part / parts..groups * (part + 1) / parts {
             if job.weight.gated {
-                multiply(job, at * 2, first, sums);
-                multiply(job, at * 2 + 1, first, ups);
+                job.factor.multiply(at * 2, first, sums);
+                job.factor.multiply(at * 2 + 1, first, ups);
                 gate(job, at, first, sums, ups);
             } else {
-                multiply(job, at, first, sums);
+                job.factor.multiply(at, first, sums);
                 finish(job, at, first, sums);
             }
         }
     }
 }
 
-/// The sums of `sums.len()` rows from `first` on with one panel. While it is multiplied the next one is fetched.
+impl<F: Form> Factor for Numbers<'_, F> {
+    type Stored = F::Stored;
+
+    // While a panel is multiplied the next one is fetched.
+    #[inline(always)]
+    fn multiply(&self, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
+        let (inputs, len) = (self.inputs, panel_len::<F::Stored>(self.inputs));
+        // SAFETY: weights are written once, when they are packed.
+        let panel = unsafe { self.panels.read(panel * len, len) };
+        multiply::<F>(self.x, inputs, panel, first, sums);
+    }
+}
+
+/// The sums of `sums.len()` rows from `first` on with one panel.
 #[inline(always)]
-fn multiply<F: Form>(job: &Product<'_, F>, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
-    let inputs = job.weight.inputs;
-    let len = panel_len::<F::Stored>(inputs);
-    // SAFETY: weights are written once, when they are packed.
-    let panel = unsafe { job.panels.read(panel * len, len) };
+fn multiply<F: Form>(
+    x: &[F::Input],
+    inputs: usize,
+    panel: &[F::Stored],
+    first: usize,
+    sums: &mut [[f32; PANEL]],
+) {
     sums.fill([0.0; PANEL]);
     let rows = sums.len();
     let at_once = rows <= F::ROWS_AT_ONCE;
@@ -98,7 +121,7 @@ fn multiply<F: Form>(job: &Product<'_, F>, panel: usize, first: usize, sums: &mu
                 true => Ahead::soon(panel),
                 false => Ahead::following(panel, row..row + height, rows),
             };
-            let x = &job.x[(first + row) * inputs + from..];
+            let x = &x[(first + row) * inputs + from..];
             // SAFETY: a form is used with its instruction set; `tile` checks the rest.
             unsafe { F::tile(x, inputs, count, panel, ahead, &mut sums[row..row + height]) };
             row += height;
@@ -107,7 +130,7 @@ fn multiply<F: Form>(job: &Product<'_, F>, panel: usize, first: usize, sums: &mu
 }
 
 #[inline(always)]
-fn gate<F: Form>(
+fn gate<F: Factor>(
     job: &Product<'_, F>,
     at: usize,
     first_row: usize,
@@ -138,7 +161,7 @@ fn gate<F: Form>(
 }
 
 #[inline(always)]
-fn finish<F: Form>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &mut [[f32; PANEL]]) {
+fn finish<F: Factor>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &mut [[f32; PANEL]]) {
     let outputs = job.weight.outputs;
     let first = at * PANEL;
     let width = PANEL.min(outputs - first);

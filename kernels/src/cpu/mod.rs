@@ -6,19 +6,23 @@
 )]
 
 mod attention;
+mod factor;
 mod form;
 mod isa;
 mod linear;
+mod pack;
 mod pages;
 mod pool;
+mod products;
 mod rows;
 mod sample;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tandem_device::{
-    Attention, Buffer, Device, Download, Element, Embed, Epilogue, Error, HEAD_WIDTH_MAX, KvPages, Linear,
-    LinearCall, Logits, Matrix, Norm, Penalties, QkvStore, Rotations, SampleCall, SampleRow, Stream, Tally,
+    Attention, Buffer, Device, Download, Element, Embed, Error, HEAD_WIDTH_MAX, KvPages, Linear, LinearCall,
+    LinearForm, Logits, Matrix, Norm, Penalties, QkvStore, QuantisedMatrix, Rotations, SampleCall, SampleRow,
+    Stream, Tally,
 };
 use tandem_memory::Region;
 
@@ -101,48 +105,33 @@ impl Device for Cpu {
 
     fn pack(&self, matrix: Matrix<'_>) -> Result<Linear, Error> {
         match matrix.element {
-            Element::F32 => pack::<f32>(matrix),
-            Element::Bf16 => pack::<Bf16>(matrix),
+            Element::F32 => pack::numbers::<f32>(self, matrix),
+            Element::Bf16 => pack::numbers::<Bf16>(self, matrix),
             Element::U32 => Err(Error::Unsupported("weights are f32 or bf16".to_owned())),
         }
     }
 
+    fn pack_quantised(&self, matrix: QuantisedMatrix<'_>) -> Result<Linear, Error> {
+        pack::integers(self, matrix)
+    }
+
     fn stream(&self) -> Box<dyn Stream> {
         let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
-        Box::new(CpuStream { cpu: self.clone(), wide: Vec::new(), rooms: Rooms::new(threads) })
+        Box::new(CpuStream {
+            cpu: self.clone(),
+            wide: Vec::new(),
+            narrow: Vec::new(),
+            rooms: Rooms::new(threads),
+        })
     }
-}
-
-fn pack<T: Scalar>(matrix: Matrix<'_>) -> Result<Linear, Error> {
-    let Matrix { outputs, inputs, element, gated, row } = matrix;
-    assert!(!gated || outputs.is_multiple_of(2), "a gated matrix has two halves");
-    let len = form::panel_len::<T>(inputs);
-    let values = Memory::allocate(element, linear::panels(outputs, gated) * len)?;
-    // SAFETY: nobody else has the buffer yet.
-    let panels = unsafe { slice_mut::<T>(&values) };
-    // A panel's rows together, so that it is written from its beginning to its end.
-    let mut weights = vec![0.0; form::PANEL * inputs];
-    let halves = if gated { 2 } else { 1 };
-    let half = outputs / halves;
-    for (at, panel) in panels.chunks_exact_mut(len).enumerate() {
-        let first = at % halves * half + at / halves * form::PANEL;
-        let count = form::PANEL.min(half - at / halves * form::PANEL);
-        for (output, weights) in (first..first + count).zip(weights.chunks_exact_mut(inputs)) {
-            row(output, weights);
-        }
-        for input in 0..inputs {
-            for lane in 0..count {
-                panel[form::place_in_panel::<T>(input, lane)] = T::store(weights[lane * inputs + input]);
-            }
-        }
-    }
-    Ok(Linear { outputs, inputs, gated, values })
 }
 
 struct CpuStream {
     cpu: Cpu,
     /// Room for a product's rows in float32, or partial results of attention; kept to save allocating.
     wide: Vec<f32>,
+    /// Room for a product's rows in 8-bit integers.
+    narrow: Vec<u32>,
     rooms: Rooms,
 }
 
@@ -209,64 +198,6 @@ impl CpuStream {
             }
         };
         self.cpu.run(count * width * 4, &|part, parts| rows::norm(isa, &job, part, parts));
-    }
-
-    fn product_as<F: Form>(
-        &mut self,
-        x: &Buffer,
-        count: usize,
-        weight: &Linear,
-        bias: Option<&Buffer>,
-        epilogue: Epilogue,
-        to: linear::Output<F::Stored>,
-    ) {
-        let inputs = weight.inputs;
-        expect(x, count * inputs);
-        assert_eq!(weight.values.element(), F::Stored::ELEMENT, "weights and activations are of one type");
-        assert_eq!(weight.gated, epilogue == Epilogue::Gate, "a gated matrix has a gate as epilogue");
-        if let Some(bias) = bias {
-            expect(bias, weight.outputs);
-        }
-        let mut wide = std::mem::take(&mut self.wide);
-        // SAFETY: as in `embed_as`.
-        let stored = unsafe { &slice::<F::Stored>(x)[..count * inputs] };
-        let x = F::inputs(stored, &mut wide, |stored, wide| {
-            let to = Shared::over(wide);
-            self.cpu.run(stored.len() / 4, &|part, parts| {
-                let (begin, end) = (stored.len() * part / parts, stored.len() * (part + 1) / parts);
-                // SAFETY: each part has a range of its own.
-                let to = unsafe { to.part(begin, end - begin) };
-                for (to, value) in to.iter_mut().zip(&stored[begin..end]) {
-                    *to = value.load();
-                }
-            });
-        });
-        let isa = self.cpu.isa;
-        let job = linear::Product::<F> {
-            x,
-            count,
-            weight,
-            panels: Shared::of(&weight.values),
-            // SAFETY: as in `embed_as`.
-            bias: bias.map(|bias| unsafe { slice(bias) }),
-            epilogue,
-            to,
-        };
-        self.cpu.run(count * inputs * weight.outputs, &|part, parts| linear::product(isa, &job, part, parts));
-        self.wide = wide;
-    }
-
-    fn linear_as<F: Form>(&mut self, call: LinearCall<'_>) {
-        let halves = if call.epilogue == Epilogue::Gate { 2 } else { 1 };
-        expect(call.to, call.count * call.weight.outputs / halves);
-        let to = linear::Output::Stored(Shared::<F::Stored>::of(call.to));
-        self.product_as::<F>(call.x, call.count, call.weight, call.bias, call.epilogue, to);
-    }
-
-    fn logits_as<F: Form>(&mut self, call: Logits<'_>) {
-        expect(call.to, call.count * call.weight.outputs);
-        let to = linear::Output::<F::Stored>::Logits(Shared::of(call.to));
-        self.product_as::<F>(call.x, call.count, call.weight, None, Epilogue::None, to);
     }
 
     fn qkv_store_as<T: Scalar>(&mut self, call: QkvStore<'_>) {
@@ -412,6 +343,7 @@ impl Stream for CpuStream {
     }
 
     fn embed(&mut self, call: Embed<'_>) {
+        assert_eq!(call.table.form, LinearForm::Numbers, "tables are not quantised");
         assert_eq!(call.to.element(), call.table.values.element(), "rows are of the table's type");
         by_element!(call.to, self.embed_as(call))
     }
@@ -434,7 +366,18 @@ impl Stream for CpuStream {
     }
 
     fn linear(&mut self, call: LinearCall<'_>) {
-        by_form!(call.x, self.linear_as(call))
+        match (call.weight.form, call.x.element(), self.cpu.isa) {
+            (LinearForm::Numbers, ..) => by_form!(call.x, self.linear_as(call)),
+            (LinearForm::Int8, ..) => by_element!(call.x, self.linear_int8(call)),
+            #[cfg(target_arch = "x86_64")]
+            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2 | Isa::Avx512) => {
+                self.linear_int4::<form::Fused, true>(call, group)
+            }
+            (LinearForm::Int4 { group }, Element::Bf16, _) => {
+                self.linear_int4::<form::Widened, false>(call, group)
+            }
+            (LinearForm::Int4 { group }, ..) => self.linear_int4::<form::Exact, false>(call, group),
+        }
     }
 
     fn qkv_store(&mut self, call: QkvStore<'_>) {

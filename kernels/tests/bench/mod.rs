@@ -1,4 +1,5 @@
 //! A device under test with its stream, and the two comparisons: with the plain twin, and bit for bit.
+#![allow(dead_code, reason = "each test binary uses a part")]
 
 use std::collections::HashMap;
 use std::sync::OnceLock;

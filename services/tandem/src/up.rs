@@ -14,7 +14,7 @@ use tandem_cluster::{Embedded, Membership};
 use tandem_router::{PlannerMode, RouterConfig};
 use tandem_types::Role;
 use tandem_worker::WorkerConfig;
-use tandem_worker::engine::{Dtype, FakeSpec};
+use tandem_worker::engine::{Dtype, FakeSpec, Quantization};
 
 use crate::loading::Loading;
 use crate::{model, up_processes};
@@ -45,6 +45,10 @@ pub struct UpConfig {
     /// Element type of weights, activations and KV: auto, bfloat16 or float32
     #[arg(long, default_value_t = Dtype::Auto)]
     pub dtype: Dtype,
+    /// How weights of layers are held: auto (as the checkpoint has them), or made from numbers at load: w8a8 (8 bits,
+    /// and rows in 8 bits) or int4 (4 bits in groups of 64)
+    #[arg(long, default_value_t = Quantization::Auto)]
+    pub quantization: Quantization,
     /// Threads per worker: N, or by role: prefill=N,decode=M [default: the cores divided among the workers]
     #[arg(long)]
     pub threads: Option<Threads>,
@@ -203,6 +207,7 @@ impl UpConfig {
             model: Some(model),
             model_name: self.model_name(),
             dtype: self.dtype,
+            quantization: self.quantization,
             threads: Some(self.threads(role)),
             kv_memory: self.kv_memory,
             fake: self.fake.clone(),

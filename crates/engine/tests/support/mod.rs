@@ -33,8 +33,7 @@ pub fn checkpoints() -> Vec<PathBuf> {
 fn supported(dir: &Path) -> bool {
     let config: Value = read_json(&dir.join("config.json"));
     let name = config["architectures"][0].as_str().unwrap_or_default();
-    config.get("quantization_config").is_none()
-        && tandem_models::ARCHITECTURES.iter().any(|architecture| architecture.name == name)
+    tandem_models::ARCHITECTURES.iter().any(|architecture| architecture.name == name)
 }
 
 /// One committed checkpoint.

@@ -12,13 +12,10 @@ pub(super) const LLAMA: Architecture = Architecture {
         dense(
             config,
             Dense {
-                architecture: "LlamaForCausalLM",
-                head_dim: None,
-                kv_heads: None,
                 qkv_bias: bias,
                 output_bias: bias,
                 feed_forward_bias: config.flag_or("mlp_bias", false)?,
-                head_norm: false,
+                ..Dense::plain("LlamaForCausalLM")
             },
         )
     },

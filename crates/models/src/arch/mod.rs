@@ -1,18 +1,20 @@
 //! The table of architectures. Each row's file turns a config into a [`DecoderSpec`]; what several of them share
 //! is here.
 
+mod glm4;
 mod llama;
 mod qwen2;
 mod qwen3;
 
 use crate::config::Config;
 use crate::error::Error;
+use crate::rope::Pairing;
 use crate::spec::{
     Activation, AttentionSpec, DecoderSpec, FeedForwardSpec, Head, LayerPart, LayerSpec, NormSpec, Part,
 };
 
 /// What this version can run.
-pub static ARCHITECTURES: &[Architecture] = &[qwen3::QWEN3, qwen2::QWEN2, llama::LLAMA];
+pub static ARCHITECTURES: &[Architecture] = &[qwen3::QWEN3, qwen2::QWEN2, llama::LLAMA, glm4::GLM4];
 
 /// One row of the table.
 pub struct Architecture {
@@ -31,30 +33,54 @@ pub struct WeightNames {
     /// Goes before every name in `layer`; `{}` is the layer's number.
     pub layer_prefix: &'static str,
     /// The weights of a layer.
-    pub layer: &'static [(LayerPart, &'static str)],
+    pub layer: &'static [(LayerPart, Place)],
     /// The norm after the last layer.
     pub final_norm: &'static str,
     /// The head, where it is separate.
     pub head: &'static str,
 }
 
+/// Where a weight lies in a checkpoint: a tensor, or one of the equal shares of its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The tensor.
+    pub tensor: &'static str,
+    /// Which share, counted from 0.
+    pub share: usize,
+    /// Of how many; 1 is the whole tensor.
+    pub shares: usize,
+}
+
+/// A whole tensor.
+const fn whole(tensor: &'static str) -> Place {
+    Place { tensor, share: 0, shares: 1 }
+}
+
 impl WeightNames {
-    /// The name of a weight.
+    /// The name of the tensor that a weight lies in.
     ///
     /// # Panics
     /// If the table lacks a part that the architecture's specs ask for.
     pub fn name(&self, part: Part) -> String {
+        let Place { tensor, .. } = self.place(part);
         match part {
-            Part::Embedding => self.embedding.to_owned(),
-            Part::FinalNorm => self.final_norm.to_owned(),
-            Part::Head => self.head.to_owned(),
-            Part::Layer(layer, wanted) => {
-                let (_, name) = self
-                    .layer
-                    .iter()
-                    .find(|(part, _)| *part == wanted)
-                    .expect("the table names every part in use");
-                self.layer_prefix.replace("{}", &layer.to_string()) + name
+            Part::Embedding | Part::FinalNorm | Part::Head => tensor.to_owned(),
+            Part::Layer(layer, _) => self.layer_prefix.replace("{}", &layer.to_string()) + tensor,
+        }
+    }
+
+    /// Where a weight lies; the tensor's name is without the layer's prefix.
+    ///
+    /// # Panics
+    /// As for [`WeightNames::name`].
+    pub fn place(&self, part: Part) -> Place {
+        match part {
+            Part::Embedding => whole(self.embedding),
+            Part::FinalNorm => whole(self.final_norm),
+            Part::Head => whole(self.head),
+            Part::Layer(_, wanted) => {
+                let row = self.layer.iter().find(|(part, _)| *part == wanted);
+                row.expect("the table names every part in use").1
             }
         }
     }
@@ -75,24 +101,24 @@ static LLAMA_NAMES: WeightNames = WeightNames {
     embedding: "model.embed_tokens.weight",
     layer_prefix: "model.layers.{}.",
     layer: &[
-        (LayerPart::AttentionNorm, "input_layernorm.weight"),
-        (LayerPart::Query, "self_attn.q_proj.weight"),
-        (LayerPart::QueryBias, "self_attn.q_proj.bias"),
-        (LayerPart::Key, "self_attn.k_proj.weight"),
-        (LayerPart::KeyBias, "self_attn.k_proj.bias"),
-        (LayerPart::Value, "self_attn.v_proj.weight"),
-        (LayerPart::ValueBias, "self_attn.v_proj.bias"),
-        (LayerPart::QueryNorm, "self_attn.q_norm.weight"),
-        (LayerPart::KeyNorm, "self_attn.k_norm.weight"),
-        (LayerPart::Output, "self_attn.o_proj.weight"),
-        (LayerPart::OutputBias, "self_attn.o_proj.bias"),
-        (LayerPart::FeedForwardNorm, "post_attention_layernorm.weight"),
-        (LayerPart::Gate, "mlp.gate_proj.weight"),
-        (LayerPart::GateBias, "mlp.gate_proj.bias"),
-        (LayerPart::Up, "mlp.up_proj.weight"),
-        (LayerPart::UpBias, "mlp.up_proj.bias"),
-        (LayerPart::Down, "mlp.down_proj.weight"),
-        (LayerPart::DownBias, "mlp.down_proj.bias"),
+        (LayerPart::AttentionNorm, whole("input_layernorm.weight")),
+        (LayerPart::Query, whole("self_attn.q_proj.weight")),
+        (LayerPart::QueryBias, whole("self_attn.q_proj.bias")),
+        (LayerPart::Key, whole("self_attn.k_proj.weight")),
+        (LayerPart::KeyBias, whole("self_attn.k_proj.bias")),
+        (LayerPart::Value, whole("self_attn.v_proj.weight")),
+        (LayerPart::ValueBias, whole("self_attn.v_proj.bias")),
+        (LayerPart::QueryNorm, whole("self_attn.q_norm.weight")),
+        (LayerPart::KeyNorm, whole("self_attn.k_norm.weight")),
+        (LayerPart::Output, whole("self_attn.o_proj.weight")),
+        (LayerPart::OutputBias, whole("self_attn.o_proj.bias")),
+        (LayerPart::FeedForwardNorm, whole("post_attention_layernorm.weight")),
+        (LayerPart::Gate, whole("mlp.gate_proj.weight")),
+        (LayerPart::GateBias, whole("mlp.gate_proj.bias")),
+        (LayerPart::Up, whole("mlp.up_proj.weight")),
+        (LayerPart::UpBias, whole("mlp.up_proj.bias")),
+        (LayerPart::Down, whole("mlp.down_proj.weight")),
+        (LayerPart::DownBias, whole("mlp.down_proj.bias")),
     ],
     final_norm: "model.norm.weight",
     head: "lm_head.weight",
@@ -109,6 +135,31 @@ struct Dense {
     output_bias: bool,
     feed_forward_bias: bool,
     head_norm: bool,
+    /// Whether what attention and feed-forward add is normed first.
+    output_norms: bool,
+    /// Added to the mean square where the config does not say.
+    epsilon: f64,
+    /// Pairs that turn, and the share of a head that does where the config does not say; `None` is whole heads in
+    /// halves.
+    partial_rope: Option<(Pairing, f64)>,
+}
+
+impl Dense {
+    /// What most have: nothing of the optional parts.
+    const fn plain(architecture: &'static str) -> Dense {
+        Dense {
+            architecture,
+            head_dim: None,
+            kv_heads: None,
+            qkv_bias: false,
+            output_bias: false,
+            feed_forward_bias: false,
+            head_norm: false,
+            output_norms: false,
+            epsilon: 1e-6,
+            partial_rope: None,
+        }
+    }
 }
 
 /// The spec of a dense decoder with gated feed-forward: equal layers, norm before each half.
@@ -141,7 +192,22 @@ fn dense(config: &Config, dense: Dense) -> Result<DecoderSpec, Error> {
         )));
     }
     let context_tokens = config.size("max_position_embeddings")? as u32;
-    let norm = NormSpec { epsilon: config.positive_or("rms_norm_eps", 1e-6)? as f32 };
+    let norm = NormSpec { epsilon: config.positive_or("rms_norm_eps", dense.epsilon)? as f32 };
+    if !norm.epsilon.is_normal() {
+        return Err(config.unsupported("rms_norm_eps is beyond what float32 holds"));
+    }
+    let rope = match dense.partial_rope {
+        None => config.rope(context_tokens)?,
+        Some((pairing, share)) => config.partial_rope(context_tokens, pairing, share)?,
+    };
+    let rotated = rope.rotated(head_dim);
+    if rotated == 0 || rotated % 2 != 0 {
+        return Err(config.unsupported(format!(
+            "partial_rotary_factor is {}: {rotated} of {head_dim} elements of a head; supported are even numbers",
+            rope.share
+        )));
+    }
+    let output_norm = dense.output_norms.then_some(norm);
     let layer = LayerSpec {
         attention_norm: norm,
         attention: AttentionSpec::Full {
@@ -153,7 +219,9 @@ fn dense(config: &Config, dense: Dense) -> Result<DecoderSpec, Error> {
             head_norm: dense.head_norm.then_some(norm),
             scale: (head_dim as f64).powf(-0.5) as f32,
         },
+        attention_output_norm: output_norm,
         feed_forward_norm: norm,
+        feed_forward_output_norm: output_norm,
         feed_forward: FeedForwardSpec::Gated {
             width: config.size("intermediate_size")?,
             activation: Activation::Silu,
@@ -168,24 +236,12 @@ fn dense(config: &Config, dense: Dense) -> Result<DecoderSpec, Error> {
         layers: vec![layer; layers],
         final_norm: norm,
         head: if config.flag_or("tie_word_embeddings", false)? { Head::Tied } else { Head::Separate },
-        rope: config.rope(context_tokens)?,
+        rope,
     })
 }
 
 /// The largest head that the attention kernels take.
 const HEAD_DIM_MAX: usize = 256;
-
-/// Refuses what no architecture here supports.
-pub(crate) fn refuse_quantised(config: &Config) -> Result<(), Error> {
-    for key in ["quantization_config", "compression_config"] {
-        if let Some(value) = config.get(key) {
-            let method =
-                value.get("quant_method").and_then(|method| method.as_str()).unwrap_or("of unknown kind");
-            return Err(config.unsupported(format!("{key} ({method}): quantised weights are not supported")));
-        }
-    }
-    Ok(())
-}
 
 /// Refuses a window over the context. `windowed` says whether a layer without an entry in `layer_types` has one.
 fn refuse_windows(config: &Config, windowed: impl Fn(usize) -> bool) -> Result<(), Error> {
@@ -256,7 +312,8 @@ mod tests {
         let spec = spec(&qwen3()).unwrap();
         assert_eq!((spec.vocab, spec.hidden, spec.layers.len(), spec.context_tokens), (11, 6, 2, 128));
         assert_eq!(spec.head, Head::Separate);
-        assert_eq!(spec.rope, RopeSpec { theta: 1e6, kind: RopeKind::Default });
+        let (kind, pairing) = (RopeKind::Default, Pairing::Halves);
+        assert_eq!(spec.rope, RopeSpec { theta: 1e6, kind, share: 1.0, pairing });
         let norm = NormSpec { epsilon: 1e-6 };
         assert_eq!(
             spec.layers[1].attention,
@@ -289,6 +346,35 @@ mod tests {
         );
     }
 
+    #[test]
+    fn glm4_norms_what_it_adds_and_keeps_gate_and_up_in_one_tensor() {
+        let facts = changed(as_class("Glm4ForCausalLM"), json!({"partial_rotary_factor": 0.5}));
+        let glm4 = spec(&facts).unwrap();
+        assert_eq!((glm4.rope.pairing, glm4.rope.rotated(4)), (Pairing::Neighbours, 2));
+        assert_eq!(
+            spec(&as_class("Glm4ForCausalLM")).unwrap().rope.share,
+            0.5,
+            "where the config does not say"
+        );
+        let norm = Some(NormSpec { epsilon: 1.5625e-7 });
+        let layer = &glm4.layers[0];
+        assert_eq!((layer.attention_output_norm, layer.feed_forward_output_norm), (norm, norm));
+        let names: Vec<_> = layer_weights(&facts).into_iter().map(|(name, _)| name).collect();
+        for name in ["post_self_attn_layernorm.weight", "post_mlp_layernorm.weight"] {
+            assert!(names.contains(&name.to_owned()), "{name} is not in {names:?}");
+        }
+        assert_eq!(names.iter().filter(|name| *name == "mlp.gate_up_proj.weight").count(), 2);
+
+        let folder = crate::testing::checkpoint(&facts);
+        let opened = crate::open(folder.path()).unwrap();
+        let [gate, up] = [LayerPart::Gate, LayerPart::Up].map(|part| opened.weight(Part::Layer(0, part)));
+        assert_eq!((gate.shape, up.shape), (&[10, 6][..], &[10, 6][..]));
+        assert_eq!(gate.bytes.as_ptr_range().end, up.bytes.as_ptr_range().start);
+        let uneven = changed(facts, json!({"partial_rotary_factor": 0.8}));
+        let refusal = spec(&uneven).unwrap_err();
+        assert!(refusal.contains("partial_rotary_factor is 0.8: 3 of 4 elements"), "{refusal}");
+    }
+
     fn biases(facts: Value) -> Vec<String> {
         let names = layer_weights(&facts).into_iter().map(|(name, _)| name);
         names.filter(|name| name.ends_with(".bias")).collect()
@@ -307,6 +393,8 @@ mod tests {
         assert_eq!(biases(changed(as_class("Qwen3ForCausalLM"), asked.clone())), attention);
         let all = [attention.as_slice(), &feed_forward].concat();
         assert_eq!(biases(changed(as_class("LlamaForCausalLM"), asked)), all);
+        assert_eq!(biases(as_class("Glm4ForCausalLM")), qkv);
+        assert!(biases(changed(as_class("Glm4ForCausalLM"), json!({"attention_bias": false}))).is_empty());
     }
 
     #[test]
@@ -376,7 +464,7 @@ mod tests {
             (
                 "Qwen2ForCausalLM",
                 json!({"quantization_config": {"quant_method": "awq"}}),
-                "quantization_config (awq)",
+                "quantization_config: w_bit is null; supported: 4",
             ),
             (
                 "Qwen3ForCausalLM",
@@ -412,6 +500,7 @@ mod tests {
                 json!({"rms_norm_eps": "x"}),
                 "rms_norm_eps is \"x\", not a positive number",
             ),
+            ("Qwen3ForCausalLM", json!({"rms_norm_eps": 1e99}), "rms_norm_eps is beyond what float32 holds"),
         ] {
             let error = spec(&changed(as_class(class), changes)).unwrap_err();
             assert!(
@@ -439,11 +528,12 @@ mod tests {
         for row in ARCHITECTURES {
             let spec = spec(&changed(as_class(row.name), everything.clone())).unwrap();
             assert_eq!(spec.architecture, row.name);
-            let mut names: Vec<_> = spec.weights().iter().map(|weight| row.names.name(weight.part)).collect();
-            let asked = names.len();
-            names.sort();
-            names.dedup();
-            assert_eq!(names.len(), asked, "{}: two parts share a name", row.name);
+            let place = |part| (row.names.name(part), row.names.place(part).share);
+            let mut places: Vec<_> = spec.weights().iter().map(|weight| place(weight.part)).collect();
+            let asked = places.len();
+            places.sort();
+            places.dedup();
+            assert_eq!(places.len(), asked, "{}: two parts share a place", row.name);
         }
     }
 }

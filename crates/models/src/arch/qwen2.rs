@@ -6,18 +6,7 @@ pub(super) const QWEN2: Architecture = Architecture {
     name: "Qwen2ForCausalLM",
     spec: |config| {
         refuse_qwen_windows(config)?;
-        dense(
-            config,
-            Dense {
-                architecture: "Qwen2ForCausalLM",
-                head_dim: None,
-                kv_heads: Some(32),
-                qkv_bias: true,
-                output_bias: false,
-                feed_forward_bias: false,
-                head_norm: false,
-            },
-        )
+        dense(config, Dense { kv_heads: Some(32), qkv_bias: true, ..Dense::plain("Qwen2ForCausalLM") })
     },
     names: &LLAMA_NAMES,
 };

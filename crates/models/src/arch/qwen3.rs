@@ -10,13 +10,12 @@ pub(super) const QWEN3: Architecture = Architecture {
         dense(
             config,
             Dense {
-                architecture: "Qwen3ForCausalLM",
                 head_dim: Some(128),
                 kv_heads: Some(32),
                 qkv_bias: bias,
                 output_bias: bias,
-                feed_forward_bias: false,
                 head_norm: true,
+                ..Dense::plain("Qwen3ForCausalLM")
             },
         )
     },

@@ -1,9 +1,10 @@
 //! What is measured: prefill of a prompt, or steps of decoding, through the engine's own door.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use tandem_batching::{Input, Plan, Row, SlotOpen};
-use tandem_engine::{DecoderEngine, Dtype, Engine, Options, random_checkpoint};
+use tandem_engine::{DecoderEngine, Dtype, Engine, Options, Quantization, random_checkpoint};
 use tandem_kernels::Isa;
 use tandem_types::{Choice, SamplingParams, Time, blocks_for};
 
@@ -88,6 +89,14 @@ impl Case {
     }
 }
 
+/// The folder of the model that is measured on; made when it is first asked for.
+pub(crate) fn checkpoint() -> Result<PathBuf, String> {
+    let program = std::env::current_exe().map_err(|error| error.to_string())?;
+    let target = program.parent().and_then(|dir| dir.parent()).ok_or("no target folder")?;
+    eprintln!("a random checkpoint of Qwen3-0.6B's shape (made once, 1.2 GB in {})", target.display());
+    random_checkpoint::qwen3_0_6b(target).map_err(|error| format!("the checkpoint: {error}"))
+}
+
 /// The engine under test.
 pub(crate) struct Subject {
     engine: DecoderEngine,
@@ -95,16 +104,17 @@ pub(crate) struct Subject {
 }
 
 impl Subject {
-    pub(crate) fn load(threads: usize, cases: &[Case]) -> Result<Subject, String> {
-        let program = std::env::current_exe().map_err(|error| error.to_string())?;
-        let target = program.parent().and_then(|dir| dir.parent()).ok_or("no target folder")?;
-        eprintln!("a random checkpoint of Qwen3-0.6B's shape (made once, 1.2 GB in {})", target.display());
-        let dir =
-            random_checkpoint::qwen3_0_6b(target).map_err(|error| format!("the checkpoint: {error}"))?;
+    pub(crate) fn load(
+        threads: usize,
+        cases: &[Case],
+        quantization: Quantization,
+    ) -> Result<Subject, String> {
+        let dir = checkpoint()?;
         let tokens = cases.iter().map(Case::kv_tokens).max().unwrap_or(0);
         let token_bytes = (LAYERS * 2.0 * 2.0 * KEYS) as u64;
         let kv_bytes = (tokens as u64 + 32) * token_bytes;
-        let options = Options { dtype: Dtype::Bfloat16, threads, kv_bytes, ..Options::default() };
+        let options =
+            Options { dtype: Dtype::Bfloat16, quantization, threads, kv_bytes, ..Options::default() };
         let (engine, took) = Took::of(|| DecoderEngine::load(&dir, options));
         eprintln!("loaded in {:.1} s", took.wall);
         let engine = engine.map_err(|error| error.to_string())?;

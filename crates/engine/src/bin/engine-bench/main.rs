@@ -4,20 +4,33 @@
 //! the limits and then every case once, because machines change their speed from minute to minute; a share is
 //! taken within a round. A limit is what the case's bytes take at the rate of reading memory, or its products at the
 //! rate of the instruction set in use, whichever is longer.
+//!
+//! With `--load` it reports instead how long loading takes and what memory it leaves in use; with `--quality DIR`, which
+//! can be given several times, how far quantised weights of that checkpoint stray from bf16.
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 mod case;
+mod load;
 mod machine;
+mod quality;
 
 use case::{Case, Subject};
 use machine::Limits;
+use tandem_engine::Quantization;
 
 struct Options {
     threads: usize,
     rounds: usize,
     /// Cases whose name holds this text.
     only: String,
+    /// Weights of the layers.
+    quantization: Quantization,
+    /// Measure loading instead.
+    load: bool,
+    /// Checkpoints whose quality under quantisation is asked for.
+    quality: Vec<PathBuf>,
 }
 
 fn main() -> ExitCode {
@@ -33,7 +46,14 @@ fn main() -> ExitCode {
 
 fn options(arguments: &[String]) -> Result<Options, String> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut options = Options { threads, rounds: 5, only: String::new() };
+    let mut options = Options {
+        threads,
+        rounds: 5,
+        only: String::new(),
+        quantization: Quantization::Auto,
+        load: false,
+        quality: Vec::new(),
+    };
     let mut arguments = arguments.iter();
     while let Some(argument) = arguments.next() {
         let mut number = || {
@@ -42,12 +62,18 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         };
         match argument.as_str() {
             "--quick" => options.rounds = 1,
+            "--load" => options.load = true,
             "--threads" => options.threads = number()?,
             "--rounds" => options.rounds = number()?,
             "--only" => options.only = arguments.next().ok_or("--only needs a text")?.clone(),
+            "--quality" => options.quality.push(arguments.next().ok_or("--quality needs a folder")?.into()),
+            "--quantization" => {
+                options.quantization = arguments.next().map_or("", String::as_str).parse()?;
+            }
             wrong => {
                 return Err(format!(
-                    "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT and --quick"
+                    "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT, --quantization \
+                     FORM, --load, --quality DIR and --quick"
                 ));
             }
         }
@@ -56,14 +82,23 @@ fn options(arguments: &[String]) -> Result<Options, String> {
 }
 
 fn run(options: &Options) -> Result<(), String> {
+    if !options.quality.is_empty() {
+        quality::head();
+        return options.quality.iter().try_for_each(|dir| quality::report(dir, options.threads));
+    }
+    if options.load {
+        let dir = case::checkpoint()?;
+        return load::report(&dir, options.threads, options.rounds, options.quantization);
+    }
     let cases: Vec<Case> =
         Case::all().into_iter().filter(|case| case.to_string().contains(&options.only)).collect();
     if cases.is_empty() {
         let names: Vec<String> = Case::all().iter().map(Case::to_string).collect();
         return Err(format!("no case has {:?} in its name; there are {}", options.only, names.join(", ")));
     }
-    let mut subject = Subject::load(options.threads, &cases)?;
-    eprintln!("{} with {} threads, {} rounds", subject.kernel(), options.threads, options.rounds);
+    let mut subject = Subject::load(options.threads, &cases, options.quantization)?;
+    let (kernel, form) = (subject.kernel(), options.quantization);
+    eprintln!("{kernel} with {} threads, weights {form}, {} rounds", options.threads, options.rounds);
     let mut limits = Vec::new();
     let mut figures: Vec<Vec<Figure>> = cases.iter().map(|_| Vec::new()).collect();
     for round in 1..=options.rounds {
@@ -129,7 +164,8 @@ mod tests {
         };
         assert_eq!(options("--threads 3 --quick"), Ok((3, 1)));
         assert_eq!(options("--rounds 0").unwrap_err(), "--rounds needs a number above zero");
-        assert!(options("--fast").unwrap_err().contains("--only TEXT and --quick"));
+        assert!(options("--fast").unwrap_err().contains("--quality DIR and --quick"));
+        assert!(options("--quantization int3").unwrap_err().contains("expected auto, w8a8 or int4"));
     }
 
     #[test]

@@ -1,0 +1,259 @@
+//! What is multiplied in a product: rows and weights in one of the packed forms. Products of numbers are in
+//! [`super::linear`]; here are those of quantised weights.
+//!
+//! Panels of integers have 32 outputs as those of numbers have. A word of 32 bits holds four inputs of an output in 8
+//! bits each, or eight in 4 bits, the first lowest; the words of the 32 outputs lie side by side.
+
+#[cfg(target_arch = "x86_64")]
+mod x86;
+
+use std::marker::PhantomData;
+
+use super::form::{Ahead, Exact, Form, PANEL};
+use super::isa::kernel;
+use super::linear::ROWS_BLOCK;
+use crate::memory::Shared;
+use crate::scalar::Scalar;
+
+/// Rows and weights, and how to multiply them.
+pub(super) trait Factor: Send + Sync {
+    /// What the product's results are stored as.
+    type Stored: Scalar;
+
+    /// The sums of `sums.len()` rows from `first` on with one panel: a row's do not depend on the others.
+    fn multiply(&self, panel: usize, first: usize, sums: &mut [[f32; PANEL]]);
+}
+
+/// Inputs in a word of 8-bit integers.
+pub(super) const BYTES: usize = 4;
+/// Inputs in a word of 4-bit integers.
+pub(super) const NIBBLES: usize = 8;
+/// Inputs whose weights are unpacked at a time: so many of a panel stay in the first level of cache.
+const UNPACKED: usize = 128;
+
+/// Rows in 8-bit integers and weights in 8-bit integers. Sums are whole numbers, so their order means nothing and all
+/// instruction sets give the same.
+pub(super) struct Int8<'a, T> {
+    pub(super) rows: Int8Rows<'a>,
+    pub(super) panels: Shared<u32>,
+    /// `[panel][32]`.
+    pub(super) scales: Shared<f32>,
+    /// Whether the machine has AVX2.
+    pub(super) vectors: bool,
+    pub(super) stored: PhantomData<T>,
+}
+
+/// Rows in 8-bit integers: a row is `scale * values`.
+#[derive(Clone, Copy)]
+pub(super) struct Int8Rows<'a> {
+    /// `[count][words][2]`: of four inputs the first and third, then the second and fourth, in 16 bits each as they are
+    /// multiplied; missing ones are zero.
+    pub(super) values: &'a [u32],
+    /// Words of weights that a row goes with.
+    pub(super) words: usize,
+    /// `[count]`; NaN where the row holds what is not finite.
+    pub(super) scales: &'a [f32],
+}
+
+impl<T: Scalar> Factor for Int8<'_, T> {
+    type Stored = T;
+
+    #[inline(always)]
+    fn multiply(&self, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
+        let words = self.rows.words;
+        // SAFETY: weights are written once, when they are packed.
+        let (weights, scales) = unsafe {
+            (self.panels.read(panel * PANEL * words, PANEL * words), self.scales.read(panel * PANEL, PANEL))
+        };
+        let mut whole = [[0_i32; PANEL]; ROWS_BLOCK];
+        let whole = &mut whole[..sums.len()];
+        let x = &self.rows.values[2 * first * words..2 * (first + sums.len()) * words];
+        #[cfg(target_arch = "x86_64")]
+        match self.vectors {
+            // SAFETY: `vectors` says that the machine has AVX2.
+            true => unsafe { x86::int8(x, words, weights, whole) },
+            false => int8(x, words, weights, whole),
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        int8(x, words, weights, whole);
+        for (r, (sums, whole)) in sums.iter_mut().zip(whole).enumerate() {
+            let row = self.rows.scales[first + r];
+            for j in 0..PANEL {
+                sums[j] = whole[j] as f32 * (row * scales[j]);
+            }
+        }
+    }
+}
+
+/// Adds the products of rows of `words` with a panel: what every instruction set must give.
+fn int8(x: &[u32], words: usize, weights: &[u32], sums: &mut [[i32; PANEL]]) {
+    for (x, sums) in x.chunks_exact(2 * words).zip(sums) {
+        for (x, weights) in x.as_chunks::<2>().0.iter().zip(weights.chunks_exact(PANEL)) {
+            let [even, odd] = x.map(|pair| [i32::from(pair as i16), i32::from((pair >> 16) as i16)]);
+            for (sum, weight) in sums.iter_mut().zip(weights) {
+                let weight = weight.to_le_bytes().map(|byte| i32::from(byte as i8));
+                *sum += even[0] * weight[0] + odd[0] * weight[1] + even[1] * weight[2] + odd[1] * weight[3];
+            }
+        }
+    }
+}
+
+/// Rows of numbers and weights in 4-bit integers, which become the numbers they stand for, in float32, on the way;
+/// `FUSED` products are one with their additions.
+pub(super) struct Int4<'a, T, const FUSED: bool> {
+    /// `[count][inputs]`.
+    pub(super) x: &'a [f32],
+    pub(super) inputs: usize,
+    pub(super) group: usize,
+    pub(super) panels: Shared<u32>,
+    /// `[panel][group][2][32]`: scales, then what is added for the zero point.
+    pub(super) scales: Shared<f32>,
+    pub(super) stored: PhantomData<T>,
+}
+
+impl<T: Scalar, const FUSED: bool> Factor for Int4<'_, T, FUSED> {
+    type Stored = T;
+
+    #[inline(always)]
+    fn multiply(&self, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
+        let inputs = self.inputs;
+        let (words, groups) = (inputs.div_ceil(NIBBLES), inputs.div_ceil(self.group));
+        // SAFETY: weights are written once, when they are packed.
+        let (weights, scales) = unsafe {
+            let scales = self.scales.read(panel * groups * 2 * PANEL, groups * 2 * PANEL);
+            (self.panels.read(panel * PANEL * words, PANEL * words), scales)
+        };
+        sums.fill([0.0; PANEL]);
+        #[cfg(target_arch = "x86_64")]
+        if FUSED {
+            let x = &self.x[first * inputs..(first + sums.len()) * inputs];
+            // SAFETY: fused products are asked for where the machine has AVX2 and FMA.
+            return unsafe { x86::int4(x, inputs, self.group, weights, scales, sums) };
+        }
+        let mut numbers = [[0.0; PANEL]; UNPACKED];
+        for from in (0..inputs).step_by(UNPACKED) {
+            let count = UNPACKED.min(inputs - from);
+            let weights = weights[from / NIBBLES * PANEL..].chunks_exact(PANEL);
+            for (word, (weights, numbers)) in weights.zip(numbers.chunks_exact_mut(NIBBLES)).enumerate() {
+                let group = (from + word * NIBBLES) / self.group;
+                unpack(weights, &scales[group * 2 * PANEL..][..2 * PANEL], numbers);
+            }
+            let x = &self.x[first * inputs + from..];
+            for (tile, sums) in sums.chunks_mut(Exact::ROWS).enumerate() {
+                let x = &x[tile * Exact::ROWS * inputs..];
+                // SAFETY: this form needs no instructions of its own; it checks the rest.
+                unsafe { Exact::tile(x, inputs, count, numbers.as_flattened(), Ahead::NONE, sums) };
+            }
+        }
+    }
+}
+
+/// Eight inputs of a panel as numbers: `value * scale + offset`. Where a scale has few digits, as those of half
+/// precision, that is exact.
+#[inline(always)]
+fn unpack(weights: &[u32], scales: &[f32], numbers: &mut [[f32; PANEL]]) {
+    let weights: &[u32; PANEL] = weights.try_into().expect("a word of each output");
+    let (scales, offsets) = scales.split_at(PANEL);
+    let (scales, offsets): (&[f32; PANEL], &[f32; PANEL]) =
+        (scales.try_into().expect("a panel's"), offsets.try_into().expect("a panel's"));
+    for (place, numbers) in numbers.iter_mut().enumerate() {
+        for j in 0..PANEL {
+            let value = weights[j] >> (4 * place) & 15;
+            numbers[j] = value as i32 as f32 * scales[j] + offsets[j];
+        }
+    }
+}
+
+/// Rows to be quantised.
+pub(super) struct Quantise<'a, T> {
+    pub(super) x: &'a [T],
+    pub(super) inputs: usize,
+    pub(super) values: Shared<u32>,
+    pub(super) scales: Shared<f32>,
+}
+
+/// Words of a row of 8-bit integers.
+pub(super) fn words_of_bytes(inputs: usize) -> usize {
+    inputs.div_ceil(BYTES)
+}
+
+kernel!(
+    /// Quantises rows to 8 bits, each by its largest magnitude; part `part` of `parts` of the rows.
+    quantise, quantise_body, Quantise<T: Scalar>
+);
+
+#[inline(always)]
+fn quantise_body<T: Scalar>(job: &Quantise<'_, T>, part: usize, parts: usize) {
+    let count = job.x.len() / job.inputs;
+    let words = words_of_bytes(job.inputs);
+    for row in count * part / parts..count * (part + 1) / parts {
+        let x = &job.x[row * job.inputs..][..job.inputs];
+        let mut largest = 1e-12_f32;
+        let mut finite = true;
+        for value in x {
+            let magnitude = value.load().abs();
+            largest = if magnitude > largest { magnitude } else { largest };
+            finite &= magnitude < f32::INFINITY;
+        }
+        let scale = if finite { largest / 127.0 } else { f32::NAN };
+        // SAFETY: each part has rows of its own.
+        let (values, scales) =
+            unsafe { (job.values.part(2 * row * words, 2 * words), job.scales.part(row, 1)) };
+        scales[0] = scale;
+        // Of a row that is not finite nothing is kept but the scale.
+        let number = |value: &T| (value.load() / scale).round_ties_even() as i32 as u32;
+        let pair = |a: u32, b: u32| a & 0xffff | b << 16;
+        let (whole, rest) = x.as_chunks::<BYTES>();
+        let (pairs, last) = values.split_at_mut(2 * whole.len());
+        for (to, x) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(whole) {
+            let numbers: [u32; BYTES] = std::array::from_fn(|at| number(&x[at]));
+            *to = [pair(numbers[0], numbers[2]), pair(numbers[1], numbers[3])];
+        }
+        if let [even, odd] = last {
+            let number = |at: usize| rest.get(at).map_or(0, number);
+            (*even, *odd) = (pair(number(0), number(2)), pair(number(1), number(3)));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::Isa;
+
+    proptest! {
+        #[test]
+        fn every_instruction_set_gives_the_same_whole_sums(
+            rows in 1_usize..10, words in 1_usize..40, extreme: bool, seed: u32,
+        ) {
+            let number = |at: usize| {
+                let word = (at as u32 + 1).wrapping_mul(2_654_435_761).wrapping_add(seed).wrapping_mul(2_246_822_519);
+                word ^ word >> 13
+            };
+            let row = |word: u32| {
+                let number = |byte: u32| match byte as u8 as i8 {
+                    byte if extreme => if byte & 1 == 0 { 127 } else { -127 },
+                    byte => i16::from(byte).max(-127),
+                };
+                u32::from(number(word) as u16) | u32::from(number(word >> 8) as u16) << 16
+            };
+            let weight = |word: u32| match extreme {
+                true => u32::from_le_bytes(word.to_le_bytes().map(|byte| if byte & 1 == 0 { 0x7f } else { 0x80 })),
+                false => word,
+            };
+            let x: Vec<u32> = (0..2 * rows * words).map(|at| row(number(at))).collect();
+            let weights: Vec<u32> = (0..PANEL * words).map(|at| weight(number(at + 9999))).collect();
+            let mut plain = vec![[7; PANEL]; rows];
+            int8(&x, words, &weights, &mut plain);
+            #[cfg(target_arch = "x86_64")]
+            if Isa::Avx2.available() {
+                let mut vectors = vec![[7; PANEL]; rows];
+                // SAFETY: the machine has AVX2.
+                unsafe { x86::int8(&x, words, &weights, &mut vectors) };
+                prop_assert_eq!(vectors, plain);
+            }
+        }
+    }
+}
