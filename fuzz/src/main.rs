@@ -1,6 +1,6 @@
 //! One fuzzer for all targets: `TANDEM_FUZZ` names the one, `TANDEM_FUZZ_MODEL` the folder of a checkpoint.
 //!
-//! `cargo xtask fuzz` builds and runs it; what a target promises stands with the code that keeps it.
+//! `cargo xtask fuzz` builds and runs it; what a target of the router promises stands with the router.
 
 #![no_main]
 
@@ -11,14 +11,40 @@ use std::sync::LazyLock;
 use libfuzzer_sys::fuzz_target;
 use tandem_router::fuzz::{Harness, TARGETS};
 
-static TARGET: LazyLock<(Harness, fn(&Harness, &[u8]))> = LazyLock::new(|| {
+type Target = Box<dyn Fn(&[u8]) + Send + Sync>;
+
+static TARGET: LazyLock<Target> = LazyLock::new(|| {
     let name = env::var("TANDEM_FUZZ").expect("TANDEM_FUZZ names a target");
+    if name == "checkpoint" {
+        return Box::new(checkpoint);
+    }
     let model = PathBuf::from(env::var_os("TANDEM_FUZZ_MODEL").expect("TANDEM_FUZZ_MODEL names a folder"));
     let (_, target) = TARGETS.iter().find(|(known, _)| *known == name).expect("TANDEM_FUZZ names a target");
-    (Harness::open(&model).expect("it is a checkpoint"), *target)
+    let harness = Harness::open(&model).expect("it is a checkpoint");
+    Box::new(move |data| target(&harness, data))
 });
 
-fuzz_target!(|data: &[u8]| {
-    let (harness, target) = &*TARGET;
-    target(harness, data);
-});
+/// Most zeros that stand for the data of tensors.
+const DATA_BYTES_MAX: u64 = 2 << 20;
+
+/// A configuration, a byte that is in no text, and the header of a file of weights: a checkpoint or an error.
+fn checkpoint(data: &[u8]) {
+    let Some(end) = data.iter().position(|&byte| byte == 0xff) else { return };
+    let (config, header) = (&data[..end], &data[end + 1..]);
+    let mut weights = (header.len() as u64).to_le_bytes().to_vec();
+    weights.extend_from_slice(header);
+    let bytes = data_bytes(header).min(DATA_BYTES_MAX) as usize;
+    weights.resize(weights.len() + bytes, 0);
+    if let Ok(checkpoint) = tandem_models::from_bytes(config, weights) {
+        let within = checkpoint.weights().all(|(_, tensor)| tensor.bytes.len() <= bytes);
+        assert!(within, "tensors lie within the file");
+    }
+}
+
+/// As many as the header says, if it says anything.
+fn data_bytes(header: &[u8]) -> u64 {
+    let Ok(serde_json::Value::Object(entries)) = serde_json::from_slice(header) else { return 0 };
+    entries.values().filter_map(|entry| entry["data_offsets"][1].as_u64()).max().unwrap_or(0)
+}
+
+fuzz_target!(|data: &[u8]| TARGET(data));

@@ -18,6 +18,7 @@ const TARGETS: &[(&str, &str)] = &[
     ("sse", "answers written as events"),
     ("detokenizer", "tokens that come one by one"),
     ("template", "messages and arguments of chat templates"),
+    ("checkpoint", "configurations and headers of weights"),
 ];
 
 /// What the lane of `cargo xtask test` gives each target.
@@ -26,7 +27,7 @@ pub const LANE_SECONDS: u64 = 60;
 const CHECKPOINT: &str = "integration-tests/checkpoints/qwen3";
 
 /// Bytes of an input, at most.
-const INPUT_BYTES: u32 = 4096;
+const INPUT_BYTES: u32 = 8192;
 
 /// The targets, one a line.
 pub fn targets() -> String {
