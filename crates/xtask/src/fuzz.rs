@@ -1,5 +1,4 @@
-//! `cargo xtask fuzz`: builds the fuzzer with counters in its code and runs targets, as many at once as there are
-//! processors.
+//! `cargo xtask fuzz`: builds the fuzzer with counters in its code and runs its targets beside each other.
 //!
 //! The counters are LLVM's own pass, which a stable compiler takes too, so nothing but a C++ compiler is needed:
 //! libFuzzer is C++.
@@ -7,7 +6,6 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::thread;
 
 use crate::tools;
 use crate::workspace::{self, Workspace};
@@ -82,17 +80,13 @@ pub fn run_all(workspace: &Workspace) -> Result<Vec<String>, String> {
 
 fn run(workspace: &Workspace, targets: &[&str], seconds: u64) -> Result<Vec<String>, String> {
     let program = build(workspace)?;
-    let at_once = thread::available_parallelism().map_or(1, usize::from);
-    let mut lines = Vec::new();
-    let mut broken = Vec::new();
-    for batch in targets.chunks(at_once) {
-        let started: Vec<Result<Run, String>> =
-            batch.iter().map(|target| Run::start(workspace, &program, target, seconds)).collect();
-        for run in started {
-            match run.and_then(Run::end) {
-                Ok(line) => lines.push(line),
-                Err(why) => broken.push(why),
-            }
+    let started: Vec<Result<Run, String>> =
+        targets.iter().map(|target| Run::start(workspace, &program, target, seconds)).collect();
+    let (mut lines, mut broken) = (Vec::new(), Vec::new());
+    for run in started {
+        match run.and_then(Run::end) {
+            Ok(line) => lines.push(line),
+            Err(why) => broken.push(why),
         }
     }
     if broken.is_empty() { Ok(lines) } else { Err(broken.join("\n")) }

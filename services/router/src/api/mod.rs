@@ -6,7 +6,7 @@ mod completions;
 mod error;
 mod fields;
 #[cfg(any(test, feature = "fuzz"))]
-pub(crate) mod fuzz;
+pub mod fuzz;
 mod health;
 mod models;
 mod parameters;
