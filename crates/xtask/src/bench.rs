@@ -166,7 +166,10 @@ mod tests {
 
     #[test]
     fn a_wrong_bench_names_the_right_ones() {
-        assert_eq!(chosen_by("").unwrap_err(), "which bench?: it is one of transfer, engine, roles, gateway");
+        assert_eq!(
+            chosen_by("").unwrap_err(),
+            "which bench?: it is one of transfer, engine, roles, gateway, overload"
+        );
         assert!(chosen_by("speed").unwrap_err().contains("no bench `speed`: it is one of transfer"));
         assert!(chosen_by("transfer --part x").unwrap_err().contains("transports, exposed"));
         assert!(chosen_by("transfer --json out").unwrap_err().contains("--part"));

@@ -66,22 +66,28 @@ pub fn fuzz(arguments: &[String]) -> Result<(), String> {
     let options = options(arguments)?;
     let workspace = workspace::read()?;
     tools::cxx()?;
-    for line in run(&workspace, &options.targets, options.seconds)? {
+    for line in run(&workspace, &options.targets, options.seconds, None)? {
         println!("{line}");
     }
     Ok(())
 }
 
-/// Runs every target for so long; one line per target that held, or what broke which.
+/// Runs every target for so long, the same way each time; one line per target that held, or what broke which.
 pub fn run_all(workspace: &Workspace) -> Result<Vec<String>, String> {
     let names: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();
-    run(workspace, &names, LANE_SECONDS)
+    run(workspace, &names, LANE_SECONDS, Some(1))
 }
 
-fn run(workspace: &Workspace, targets: &[&str], seconds: u64) -> Result<Vec<String>, String> {
+/// `seed`: that of libFuzzer's draws; another one each time without it.
+fn run(
+    workspace: &Workspace,
+    targets: &[&str],
+    seconds: u64,
+    seed: Option<u32>,
+) -> Result<Vec<String>, String> {
     let program = build(workspace)?;
     let started: Vec<Result<Run, String>> =
-        targets.iter().map(|target| Run::start(workspace, &program, target, seconds)).collect();
+        targets.iter().map(|target| Run::start(workspace, &program, target, seconds, seed)).collect();
     let (mut lines, mut broken) = (Vec::new(), Vec::new());
     for run in started {
         match run.and_then(Run::end) {
@@ -125,7 +131,13 @@ struct Run {
 }
 
 impl Run {
-    fn start(workspace: &Workspace, program: &Path, name: &str, seconds: u64) -> Result<Run, String> {
+    fn start(
+        workspace: &Workspace,
+        program: &Path,
+        name: &str,
+        seconds: u64,
+        seed: Option<u32>,
+    ) -> Result<Run, String> {
         let folder = workspace.target.join("fuzz").join(name);
         let (corpus, broken) = (folder.join("corpus"), folder.join("broken"));
         for folder in [&corpus, &broken] {
@@ -141,6 +153,7 @@ impl Run {
             .arg(format!("-max_total_time={seconds}"))
             .arg(format!("-max_len={INPUT_BYTES}"))
             .arg(format!("-artifact_prefix={}/", broken.display()))
+            .arg(format!("-seed={}", seed.unwrap_or(0)))
             .args(["-timeout=10", "-rss_limit_mb=2048", "-print_final_stats=1"])
             .env("TANDEM_FUZZ", name)
             .env("TANDEM_FUZZ_MODEL", workspace.root.join(CHECKPOINT))

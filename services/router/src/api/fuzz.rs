@@ -64,11 +64,10 @@ impl Harness {
     /// Pieces of an answer, divided by a byte that is in no text, come out of the event stream as they went in.
     pub fn sse(&self, data: &[u8]) {
         let Some((&options, data)) = data.split_first() else { return };
-        let mut asked =
-            serde_json::json!({ "messages": [{ "role": "user", "content": "a" }], "stream": true });
+        let mut asked = serde_json::json!({ "model": "model", "messages": [{ "role": "user", "content": "a" }], "stream": true });
         asked["logprobs"] = (options & 1 > 0).into();
         asked["return_token_ids"] = (options & 2 > 0).into();
-        asked["include_usage"] = (options & 4 > 0).into();
+        asked["stream_options"] = serde_json::json!({ "include_usage": options & 4 > 0 });
         let (parameters, prompt) = chat::read(asked.to_string().into(), &self.model).expect("it is valid");
         let mut writer = chat::Writer::new("chatcmpl-1".into(), self.model.clone(), parameters, prompt);
         let mut out = Vec::new();
