@@ -538,3 +538,34 @@ fn each_quantisation_is_a_numerics_class_of_its_own_with_the_same_weights() {
         assert!(refusal.contains("quantised already") && refusal.contains(&name), "{refusal}");
     }
 }
+
+#[test]
+fn quantised_weights_give_the_same_bits_alone_in_batches_in_chunks_and_on_any_number_of_threads() {
+    use tandem_engine::Quantization;
+    for (name, quantization) in [
+        ("qwen3", Quantization::W8a8),
+        ("glm4", Quantization::Int4),
+        ("qwen3-w8a8", Quantization::Auto),
+        ("qwen3-awq", Quantization::Auto),
+    ] {
+        for dtype in [Dtype::Float32, Dtype::Bfloat16] {
+            let driver = |threads| {
+                Driver::with(&checkpoint(name), Options { quantization, ..options(dtype, threads) })
+            };
+            let requests: Vec<Request> = [5, 70, 33, 150]
+                .iter()
+                .zip(0..)
+                .map(|(length, seed)| {
+                    Request::greedy(&prompt(seed, *length), 12).with(seeded(u64::from(seed)))
+                })
+                .collect();
+            let (mut one, mut three) = (driver(1), driver(3));
+            let together = three.generate(&requests, 512);
+            assert_eq!(one.generate(&requests, 19), together, "{name} {dtype}");
+            for (request, wanted) in requests.iter().zip(&together) {
+                let alone = one.generate(std::slice::from_ref(request), 512);
+                assert_eq!(alone[0], *wanted, "{name} {dtype}");
+            }
+        }
+    }
+}

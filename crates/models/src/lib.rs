@@ -5,8 +5,8 @@
 //! and one row of [`ARCHITECTURES`]; nothing else names it.
 //!
 //! Always holds: a [`Checkpoint`] that [`open`] returned has every weight its spec asks for, in a supported
-//! element type and the right shape, inside the mapped file; every fault is an [`Error`] that names the file and
-//! the fact, found before anything is computed.
+//! element type or quantised format and the right shape, inside the mapped file; every fault is an [`Error`] that names
+//! the file and the fact, found before anything is computed.
 
 mod arch;
 mod checkpoint;

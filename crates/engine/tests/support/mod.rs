@@ -163,6 +163,10 @@ impl Driver {
         Driver::of(DecoderEngine::load_on(device, dir, options(dtype, 1)).unwrap())
     }
 
+    pub fn with(dir: &Path, options: Options) -> Driver {
+        Driver::of(DecoderEngine::load(dir, options).unwrap_or_else(|error| panic!("{error}")))
+    }
+
     fn of(engine: DecoderEngine) -> Driver {
         let pages = engine.facts().pages;
         // Even pages backwards, then odd ones: neighbours in a sequence are never neighbours in memory.

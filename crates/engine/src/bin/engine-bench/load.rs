@@ -5,6 +5,7 @@ use std::io::Read;
 use std::path::Path;
 
 use tandem_engine::{DecoderEngine, Dtype, Engine, Options, Quantization};
+use tandem_memory::Region;
 
 use crate::machine::Took;
 
@@ -56,13 +57,23 @@ pub(crate) fn report(
     Ok(())
 }
 
-/// One read of a file into memory that was not touched before, and one copy of it; its length.
+/// One read of a file and one copy of it, in memory as the engine's own is: fresh, in huge pages where the system gives
+/// them. Returns its length.
 fn read_and_copy(path: &Path) -> std::io::Result<u64> {
     let mut file = File::open(path)?;
-    let mut bytes = Vec::with_capacity(file.metadata()?.len() as usize + 1);
-    file.read_to_end(&mut bytes)?;
-    let copy = std::hint::black_box(bytes.clone());
-    Ok(copy.len() as u64)
+    let length = file.metadata()?.len() as usize;
+    let (read, copy) = (Region::anonymous(length)?, Region::anonymous(length)?);
+    // SAFETY: both regions are ours alone and at least as long as that.
+    let (read, copy) = unsafe {
+        (
+            std::slice::from_raw_parts_mut(read.as_ptr(), length),
+            std::slice::from_raw_parts_mut(copy.as_ptr(), length),
+        )
+    };
+    file.read_exact(read)?;
+    copy.copy_from_slice(read);
+    std::hint::black_box(copy);
+    Ok(length as u64)
 }
 
 /// Memory of the process that is not a file's.
