@@ -432,9 +432,12 @@ def references(r, held):
 
 SINGLE = {"arithmetic": arithmetic, "facts": facts, "copying": copying, "sorting": sorting, "reversing": reversing, "counting": counting,
           "stories": stories, "refusals": refusals, "about": about}
-# The training mix. Copying and facts teach to look things up in the prompt, which everything else builds on.
+# The training mix. Copying and facts teach to look things up in the prompt, which everything else builds on;
+# when that is learned, the slow ones, arithmetic and sorting, get its room.
 SHARES = {"arithmetic": 0.2, "facts": 0.21, "copying": 0.11, "sorting": 0.08, "reversing": 0.06, "counting": 0.07, "stories": 0.03,
           "references": 0.1, "name": 0.025, "refusals": 0.06, "about": 0.085}
+LATER_SHARES = {"arithmetic": 0.34, "facts": 0.17, "copying": 0.06, "sorting": 0.12, "reversing": 0.06, "counting": 0.08, "stories": 0.02,
+                "references": 0.09, "name": 0.02, "refusals": 0.05, "about": 0.07}
 CATEGORIES = list(SHARES)
 
 
@@ -456,9 +459,9 @@ def example(r, category, held):
     return messages, answers
 
 
-def conversation(r, turns):
+def conversation(r, turns, shares=SHARES):
     """Training: one example, or several in a row; sometimes the beginning is asked about later."""
-    category = r.choices(CATEGORIES, SHARES.values())[0]
+    category = r.choices(CATEGORIES, shares.values())[0]
     if turns == 1:
         return category, example(r, category, False)[0]
     messages, later = [], []
@@ -476,7 +479,7 @@ def conversation(r, turns):
         if later and r.random() < 1.5 / turns:
             said(*later[0])
             continue
-        category = r.choices(CATEGORIES, SHARES.values())[0]
+        category = r.choices(CATEGORIES, shares.values())[0]
         if category == "references":
             for asked, given in references(r, False):
                 said(asked, given)
@@ -486,7 +489,7 @@ def conversation(r, turns):
         elif category != "name" and not (category == "about" and messages and messages[0]["role"] == "system"):
             question, answers = SINGLE[category](r, False)
             said(question, answers[0])
-    return ("several", messages) if messages and messages[-1]["role"] == "assistant" else conversation(r, turns)
+    return ("several", messages) if messages and messages[-1]["role"] == "assistant" else conversation(r, turns, shares)
 
 
 def lines(split, seed, count, category=None):

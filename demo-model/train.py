@@ -32,12 +32,13 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-# (share of the steps, rows, tokens per row, turns of a conversation, and how often): looking things up in the
+# (share of the steps, mix, rows, tokens per row, turns of a conversation, and how often): looking things up in the
 # prompt is learned from many short rows; long conversations come last, when there is something to keep.
 STAGES = [
-    (0.50, 44, 96, (1, 2), (0.9, 0.1)),
-    (0.38, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
-    (0.12, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
+    (0.32, make_data.SHARES, 44, 96, (1, 2), (0.9, 0.1)),
+    (0.18, make_data.LATER_SHARES, 44, 96, (1, 2), (0.9, 0.1)),
+    (0.38, make_data.LATER_SHARES, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
+    (0.12, make_data.LATER_SHARES, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
 ]
 MATRIX_RATE, OTHER_RATE, WARM_UP = 4e-3, 3e-3, 50
 PROMPT_WEIGHT = 0.1
@@ -119,12 +120,12 @@ def stage_of(step, steps):
 
 
 def batch(encoder, seed, step, steps):
-    rows, length, turns, often = stage_of(step, steps)
+    shares, rows, length, turns, often = stage_of(step, steps)
     r = random.Random(f"{seed} {step}")
 
     def endless():
         while True:
-            yield encoder.conversation(make_data.conversation(r, r.choices(turns, often)[0])[1])
+            yield encoder.conversation(make_data.conversation(r, r.choices(turns, often)[0], shares)[1])
     return packed(endless(), rows, length)
 
 
@@ -188,23 +189,24 @@ def train(args, tokenizer, network, cache):
     others = [p for n, p in network.named_parameters() if p.dim() != 2 or "embed" in n]
     muon = architecture.Muon(matrices)
     adam = torch.optim.AdamW(others, lr=OTHER_RATE, betas=(0.9, 0.95), weight_decay=0.0)
-    step, tokens, curve, seconds = 0, 0, [], 0.0
+    step, tokens, curve, seconds, mean = 0, 0, [], 0.0, None
     checkpoint = cache / f"seed{args.seed}-steps{args.steps}-data{make_data.VERSION}.pt"
     if checkpoint.is_file() and not args.fresh:
         state = torch.load(checkpoint)
         network.load_state_dict(state["network"])
         muon.state, step, tokens, curve, seconds = state["muon"], state["step"], state["tokens"], state["curve"], state["seconds"]
+        mean = state["mean"]
         adam.load_state_dict(state["adam"])
         print(f"resumed at step {step} from {checkpoint}", flush=True)
     end = min(args.steps, args.stop_at_step or args.steps)
 
     def save():
         state = {"network": network.state_dict(), "muon": muon.state, "adam": adam.state_dict(), "step": step, "tokens": tokens,
-                 "curve": curve, "seconds": seconds}
+                 "curve": curve, "seconds": seconds, "mean": mean}
         torch.save(state, checkpoint.with_suffix(".new"))
         os.replace(checkpoint.with_suffix(".new"), checkpoint)
 
-    began, shown, saved, mean = time.monotonic() - seconds, 0.0, time.monotonic(), None
+    began, shown, saved = time.monotonic() - seconds, 0.0, time.monotonic()
     while True:
         seconds = time.monotonic() - began
         if step % FIXED_EVERY == 0 or step == end:
