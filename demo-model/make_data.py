@@ -58,12 +58,35 @@ def distinct(count, make):
     return list(found)
 
 
+class Draw(random.Random):
+    """Where everything is drawn from, and how many of the names and words come from the lists. Later in training
+    fewer do: a model that has learned the lists by heart takes Ines for Ingrid."""
+
+    known = 0.75
+
+
+def blended(r, held, words):
+    """The beginning of one word and the end of another, in the letters of real ones."""
+    def make():
+        first, second = r.choice(words), r.choice(words)
+        return first[:r.randint(1, max(1, len(first) - 1))] + second[r.randint(1, max(1, len(second) - 2)):].lower()
+    return until(make, lambda word: 2 <= len(word) <= 9 and word.lower() not in KNOWN and held_out("invented", word.lower()) == held)
+
+
 def name(r, held):
-    return r.choice(NAMES_OF[held]) if r.random() < 0.75 else invented(r, held, 2, 3).capitalize()
+    if r.random() < r.known:
+        return r.choice(NAMES_OF[held])
+    if r.known < Draw.known and r.random() < 0.6:
+        return blended(r, held, NAMES_OF[held])
+    return invented(r, held, 2, 3).capitalize()
 
 
 def word(r, held):
-    return r.choice(NOUNS_OF[held]) if r.random() < 0.7 else invented(r, held)
+    if r.random() < r.known - 0.05:
+        return r.choice(NOUNS_OF[held])
+    if r.known < Draw.known and r.random() < 0.5:
+        return blended(r, held, NOUNS_OF[held])
+    return invented(r, held)
 
 
 def ask(r, frame, *parts):
@@ -494,7 +517,7 @@ def conversation(r, turns, shares=SHARES):
 
 def lines(split, seed, count, category=None):
     """The lines that the command prints."""
-    r = random.Random(f"{split} {seed}")
+    r = Draw(f"{split} {seed}")
     for index in range(count):
         held = split == "heldout"
         if held or category:

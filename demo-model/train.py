@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import os
-import random
 import time
 from pathlib import Path
 
@@ -32,13 +31,15 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-# (share of the steps, mix, rows, tokens per row, turns of a conversation, and how often): looking things up in the
-# prompt is learned from many short rows; long conversations come last, when there is something to keep.
+# (share of the steps, mix, how many names and words are from the lists, rows, tokens per row, turns of a
+# conversation, and how often): looking things up in the prompt is learned from many short rows; long conversations
+# come last, when there is something to keep.
 STAGES = [
-    (0.32, make_data.SHARES, 44, 96, (1, 2), (0.9, 0.1)),
-    (0.18, make_data.LATER_SHARES, 44, 96, (1, 2), (0.9, 0.1)),
-    (0.38, make_data.LATER_SHARES, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
-    (0.12, make_data.LATER_SHARES, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
+    (0.352, make_data.SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
+    (0.128, make_data.LATER_SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
+    (0.07, make_data.LATER_SHARES, 0.4, 44, 96, (1, 2), (0.9, 0.1)),
+    (0.35, make_data.LATER_SHARES, 0.4, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
+    (0.10, make_data.LATER_SHARES, 0.5, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
 ]
 MATRIX_RATE, OTHER_RATE, WARM_UP = 4e-3, 3e-3, 50
 PROMPT_WEIGHT = 0.1
@@ -48,7 +49,7 @@ FIXED_SEED, FIXED_PER_CATEGORY, FIXED_EVERY = 1000, 40, 100
 # --------------------------------------------------------------------------- tokenizer and rows
 
 def make_tokenizer(seed):
-    r = random.Random(f"tokenizer {seed}")
+    r = make_data.Draw(f"tokenizer {seed}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -72,6 +73,10 @@ class Encoder:
 
     def encode(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def plain(self, text):
+        ids = [*self.encode(text), self.end]
+        return ids, [1.0] * len(ids)
 
     def conversation(self, messages):
         ids, weights = [], []
@@ -120,11 +125,14 @@ def stage_of(step, steps):
 
 
 def batch(encoder, seed, step, steps):
-    shares, rows, length, turns, often = stage_of(step, steps)
-    r = random.Random(f"{seed} {step}")
+    shares, known, rows, length, turns, often = stage_of(step, steps)
+    r = make_data.Draw(f"{seed} {step}")
+    r.known = known
 
     def endless():
         while True:
+            if known < make_data.Draw.known and r.random() < 0.015:
+                yield encoder.plain(make_data.story(r, False)[1])  # for those who let it continue a text
             yield encoder.conversation(make_data.conversation(r, r.choices(turns, often)[0], shares)[1])
     return packed(endless(), rows, length)
 
@@ -315,7 +323,7 @@ def main():
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "demo-model"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, training.json, curve.csv and curve.svg")
-    parser.add_argument("--steps", type=int, default=2200, help="length of the schedule")
+    parser.add_argument("--steps", type=int, default=2000, help="length of the schedule")
     parser.add_argument("--stop-at-step", type=int, help="end there, on the same schedule")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
