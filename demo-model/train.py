@@ -31,16 +31,19 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-# (share of the steps, mix, how many names and words are from the lists, rows, tokens per row, turns of a
-# conversation, and how often): looking things up in the prompt is learned from many short rows; long conversations
-# come last, when there is something to keep.
+STEPS = 1760
+# (first step, mix, how many names and words are from the lists, rows, tokens per row, turns of a conversation, and
+# how often): looking things up in the prompt is learned from many short rows; long conversations come last, when
+# there is something to keep. Steps are those of a run of STEPS; a longer or shorter one stretches them.
 STAGES = [
-    (0.352, make_data.SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
-    (0.128, make_data.LATER_SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
-    (0.07, make_data.LATER_SHARES, 0.4, 44, 96, (1, 2), (0.9, 0.1)),
-    (0.35, make_data.LATER_SHARES, 0.4, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
-    (0.10, make_data.LATER_SHARES, 0.5, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
+    (0, make_data.SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
+    (704, make_data.LATER_SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
+    (960, make_data.LATER_SHARES, 0.4, 44, 96, (1, 2), (0.9, 0.1)),
+    (1100, make_data.LATER_SHARES, 0.4, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
+    (1670, make_data.LATER_SHARES, 0.5, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
 ]
+# The rate at these steps, of the full one; straight lines between.
+RATES = [(0, 1.0), (1000, 1.0), (1560, 0.44), (STEPS, 0.0)]
 MATRIX_RATE, OTHER_RATE, WARM_UP = 4e-3, 3e-3, 50
 PROMPT_WEIGHT = 0.1
 FIXED_SEED, FIXED_PER_CATEGORY, FIXED_EVERY = 1000, 40, 100
@@ -116,12 +119,7 @@ def packed(conversations, rows, length):
 
 
 def stage_of(step, steps):
-    done = step / steps
-    for share, *shape in STAGES:
-        if done < share:
-            return shape
-        done -= share
-    return shape
+    return next(stage[1:] for stage in reversed(STAGES) if step * STEPS >= stage[0] * steps)
 
 
 def batch(encoder, seed, step, steps):
@@ -140,8 +138,9 @@ def batch(encoder, seed, step, steps):
 # --------------------------------------------------------------------------- training
 
 def rate_at(step, steps):
-    """Of the full rate: warm-up, constant, and linear to nothing over the second half."""
-    return min(1.0, (step + 1) / WARM_UP) * min(1.0, 2 * (1 - step / steps))
+    at = step * STEPS / steps
+    (before, high), (after, low) = next(pair for pair in zip(RATES, RATES[1:]) if at <= pair[1][0])
+    return min(1.0, (step + 1) / WARM_UP) * (high + (low - high) * (at - before) / (after - before))
 
 
 def losses(network, ids, segments, weights):
@@ -323,7 +322,7 @@ def main():
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem" / "demo-model"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint, training.json, curve.csv and curve.svg")
-    parser.add_argument("--steps", type=int, default=2000, help="length of the schedule")
+    parser.add_argument("--steps", type=int, default=STEPS, help="length of the schedule")
     parser.add_argument("--stop-at-step", type=int, help="end there, on the same schedule")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
