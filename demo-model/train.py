@@ -31,7 +31,7 @@ TEMPLATE = (
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}"
 )
-STEPS = 1760
+STEPS = 1715
 # (first step, mix, how many names and words are from the lists, rows, tokens per row, turns of a conversation, and
 # how often): looking things up in the prompt is learned from many short rows; long conversations come last, when
 # there is something to keep. Steps are those of a run of STEPS; a longer or shorter one stretches them.
@@ -40,10 +40,10 @@ STAGES = [
     (704, make_data.LATER_SHARES, 0.75, 44, 96, (1, 2), (0.9, 0.1)),
     (960, make_data.LATER_SHARES, 0.4, 44, 96, (1, 2), (0.9, 0.1)),
     (1100, make_data.LATER_SHARES, 0.4, 22, 192, (1, 2, 3, 5), (0.65, 0.12, 0.13, 0.1)),
-    (1670, make_data.LATER_SHARES, 0.5, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
+    (1640, make_data.LATER_SHARES, 0.5, 4, 1024, (1, 3, 8, 16, 30), (0.5, 0.1, 0.1, 0.1, 0.2)),
 ]
 # The rate at these steps, of the full one; straight lines between.
-RATES = [(0, 1.0), (1000, 1.0), (1560, 0.44), (STEPS, 0.0)]
+RATES = [(0, 1.0), (1000, 1.0), (1560, 0.44), (1628, 0.2904), (STEPS, 0.0)]
 MATRIX_RATE, OTHER_RATE, WARM_UP = 4e-3, 3e-3, 50
 PROMPT_WEIGHT = 0.1
 FIXED_SEED, FIXED_PER_CATEGORY, FIXED_EVERY = 1000, 40, 100
