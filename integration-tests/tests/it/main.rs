@@ -12,6 +12,7 @@
 //! - `references`: checkpoints agree with their references through the API
 //! - `bad_inputs`: what nobody should send, row by row of `bad_inputs.toml`
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
+//! - `demo`: what the demo model answers, and its data's splits
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
 //! - `processes`: real processes, started by the real `tandem up`
 //! - `etcd`: the same over a real etcd server
@@ -24,6 +25,7 @@ mod bad_inputs;
 mod bench;
 mod broken;
 mod chaos;
+mod demo;
 mod equality;
 mod etcd;
 mod failures;
