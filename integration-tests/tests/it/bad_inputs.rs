@@ -241,9 +241,9 @@ fn judge(case: &Case, answers: &[Answer], ended: bool) -> Result<(), String> {
     Ok(())
 }
 
-async fn try_all(cluster: &TestCluster, cases: &[Arc<Case>]) {
+async fn try_all(cluster: &TestCluster, cases: &[Arc<Case>], at_once: usize) {
     let (model, host) = (&cluster.model, cluster.address);
-    let results = concurrently(cases.len(), 8, |i| try_case(cases[i].clone(), model, host)).await;
+    let results = concurrently(cases.len(), at_once, |i| try_case(cases[i].clone(), model, host)).await;
     let wrong: Vec<String> = cases
         .iter()
         .zip(results)
@@ -265,8 +265,8 @@ fn bad_inputs_get_the_answers_of_the_table() {
         let cluster = TestCluster::start(Spec::of(tiny()).workers(1, 1, 0)).await;
         let (stalling, others): (Vec<Arc<Case>>, Vec<Arc<Case>>) =
             cases.into_iter().partition(|case| case.stalls);
-        try_all(&cluster, &others).await;
-        try_all(&cluster, &stalling).await;
+        try_all(&cluster, &others, 8).await;
+        try_all(&cluster, &stalling, 8).await;
         println!("{} cases", stalling.len() + others.len());
         cluster.close().await;
     });
@@ -279,7 +279,8 @@ fn texts_that_are_hard_to_tokenize_are_tokenized_where_the_context_is_long() {
         let mut cases = table();
         cases.retain(|case| case.class == 62);
         assert!(!cases.is_empty());
-        try_all(&cluster, &cases).await;
+        // A million tokens are much for a cluster that shares its processors with other tests.
+        try_all(&cluster, &cases, 1).await;
         cluster.close().await;
     });
 }
