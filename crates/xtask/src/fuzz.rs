@@ -66,26 +66,28 @@ pub fn fuzz(arguments: &[String]) -> Result<(), String> {
     let options = options(arguments)?;
     let workspace = workspace::read()?;
     tools::cxx()?;
-    for line in run(&workspace, &options.targets, options.seconds, None)? {
+    let protoc = workspace::protoc(&workspace.target)?;
+    for line in run(&workspace, &protoc, &options.targets, options.seconds, None)? {
         println!("{line}");
     }
     Ok(())
 }
 
 /// Runs every target for so long, the same way each time; one line per target that held, or what broke which.
-pub fn run_all(workspace: &Workspace) -> Result<Vec<String>, String> {
+pub fn run_all(workspace: &Workspace, protoc: &Path) -> Result<Vec<String>, String> {
     let names: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();
-    run(workspace, &names, LANE_SECONDS, Some(1))
+    run(workspace, protoc, &names, LANE_SECONDS, Some(1))
 }
 
 /// `seed`: that of libFuzzer's draws; another one each time without it.
 fn run(
     workspace: &Workspace,
+    protoc: &Path,
     targets: &[&str],
     seconds: u64,
     seed: Option<u32>,
 ) -> Result<Vec<String>, String> {
-    let program = build(workspace)?;
+    let program = build(workspace, protoc)?;
     let started: Vec<Result<Run, String>> =
         targets.iter().map(|target| Run::start(workspace, &program, target, seconds, seed)).collect();
     let (mut lines, mut broken) = (Vec::new(), Vec::new());
@@ -99,7 +101,7 @@ fn run(
 }
 
 /// Builds into a folder of its own: the flags are those of every crate.
-fn build(workspace: &Workspace) -> Result<PathBuf, String> {
+fn build(workspace: &Workspace, protoc: &Path) -> Result<PathBuf, String> {
     let host = workspace::host()?;
     let flags = [
         "-Cpasses=sancov-module",
@@ -114,7 +116,7 @@ fn build(workspace: &Workspace) -> Result<PathBuf, String> {
     // A target makes the flags apply to the program alone, not to build scripts.
     cargo.args(["build", "--package=tandem-fuzz", "--features=libfuzzer", "--profile=fuzz", "--quiet"]);
     cargo.arg("--target").arg(&host).arg("--target-dir").arg(&folder);
-    cargo.env("RUSTFLAGS", flags.join(" ")).env("PROTOC", workspace::protoc(&workspace.target)?);
+    cargo.env("RUSTFLAGS", flags.join(" ")).env("PROTOC", protoc);
     match cargo.status() {
         Ok(status) if status.success() => Ok(folder.join(host).join("fuzz/tandem-fuzz")),
         Ok(_) => Err("the fuzzer does not build".to_owned()),

@@ -3,7 +3,7 @@
 use std::env;
 use std::fs::{self, File};
 use std::io::{IsTerminal, Write, stderr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -180,7 +180,7 @@ fn lanes_once(
             Kind::Rest | Kind::Model | Kind::Doc => Ok(None),
         };
         let outcome = match prepared {
-            Ok(_) if lane.kind == Kind::Fuzz => fuzzed(workspace, options.filter.is_some()),
+            Ok(_) if lane.kind == Kind::Fuzz => fuzzed(workspace, &runner.protoc, options.filter.is_some()),
             Ok(tool) => {
                 runner.environment.extend(tool.map(|(tool, program)| (tool.variable().to_owned(), program)));
                 runner.lane(lane)?
@@ -193,11 +193,11 @@ fn lanes_once(
 }
 
 /// Runs the fuzzer's targets, which no filter names.
-fn fuzzed(workspace: &workspace::Workspace, filtered: bool) -> Outcome {
+fn fuzzed(workspace: &workspace::Workspace, protoc: &Path, filtered: bool) -> Outcome {
     if filtered {
         return Outcome::Passed(0);
     }
-    match fuzz::run_all(workspace) {
+    match fuzz::run_all(workspace, protoc) {
         Ok(lines) => {
             eprintln!("{}", lines.join("\n"));
             Outcome::Passed(lines.len() as u64)

@@ -14,8 +14,11 @@ use super::sse::Chunks as _;
 use super::{chat, completions, tokenize};
 use crate::text::{Detokenizer, Message, Model};
 
-/// The harnesses by name.
-pub const TARGETS: &[(&str, fn(&Harness, &[u8]))] = &[
+/// Tries bytes; panics where a promise is broken.
+pub type Target = fn(&Harness, &[u8]);
+
+/// The targets by name.
+pub const TARGETS: &[(&str, Target)] = &[
     ("body", Harness::body),
     ("sse", Harness::sse),
     ("detokenizer", Harness::detokenizer),
