@@ -9,6 +9,7 @@ use std::path::PathBuf;
 use std::sync::LazyLock;
 
 use libfuzzer_sys::fuzz_target;
+use tandem_models::{Int4Row, Matrix, MatrixForm};
 use tandem_router::fuzz::{Harness, TARGETS};
 
 type Target = Box<dyn Fn(&[u8]) + Send + Sync>;
@@ -35,9 +36,37 @@ fn checkpoint(data: &[u8]) {
     weights.extend_from_slice(header);
     let bytes = data_bytes(header).min(DATA_BYTES_MAX) as usize;
     weights.resize(weights.len() + bytes, 0);
-    if let Ok(checkpoint) = tandem_models::from_bytes(config, weights) {
-        let within = checkpoint.weights().all(|(_, tensor)| tensor.bytes.len() <= bytes);
-        assert!(within, "tensors lie within the file");
+    let Ok(checkpoint) = tandem_models::from_bytes(config, weights) else { return };
+    for weight in checkpoint.spec().weights() {
+        if let [_, _] = weight.shape[..] {
+            read(&checkpoint.matrix(weight.part));
+        } else {
+            checkpoint.weight(weight.part).to_f32();
+        }
+    }
+}
+
+/// Reads the first and the last row in every way that the matrix offers.
+fn read(matrix: &Matrix<'_>) {
+    let (outputs, inputs) = (matrix.outputs(), matrix.inputs());
+    for row in [0, outputs - 1] {
+        matrix.read_row(row, &mut vec![0.0; inputs]);
+        match matrix.form() {
+            MatrixForm::Numbers => {}
+            MatrixForm::Int8 => {
+                let scale = matrix.read_int8(row, &mut vec![0; inputs]);
+                assert!(scale.is_finite(), "scales are checked when a checkpoint is opened");
+            }
+            MatrixForm::Int4 { group } => {
+                let groups = inputs.div_ceil(group);
+                let (mut values, mut scales, mut zeros) =
+                    (vec![0; inputs], vec![0.0; groups], vec![0; groups]);
+                let out = Int4Row { values: &mut values, scales: &mut scales, zeros: &mut zeros };
+                matrix.read_int4(row, out);
+                assert!(values.iter().all(|value| *value < 16) && zeros.iter().all(|zero| *zero <= 16));
+                assert!(scales.iter().all(|scale| scale.is_finite()), "scales are checked as well");
+            }
+        }
     }
 }
 

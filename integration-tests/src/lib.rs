@@ -5,6 +5,7 @@ pub mod chaos;
 pub mod checkpoints;
 pub mod client;
 pub mod cluster;
+pub mod measure;
 pub mod processes;
 pub mod skip;
 pub mod wire;

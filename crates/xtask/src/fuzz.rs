@@ -142,6 +142,10 @@ impl Run {
     ) -> Result<Run, String> {
         let folder = workspace.target.join("fuzz").join(name);
         let (corpus, broken) = (folder.join("corpus"), folder.join("broken"));
+        // What an earlier run has found would make this one another.
+        if seed.is_some() && corpus.exists() {
+            fs::remove_dir_all(&corpus).map_err(|error| format!("{}: {error}", corpus.display()))?;
+        }
         for folder in [&corpus, &broken] {
             fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
         }
@@ -205,11 +209,16 @@ mod tests {
     }
 
     #[test]
-    fn every_target_has_seeds() {
+    fn every_target_has_seeds_and_every_folder_of_seeds_a_target() {
         let seeds = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../fuzz/seeds");
-        for (name, _) in TARGETS {
-            assert!(seeds.join(name).read_dir().is_ok_and(|mut seeds| seeds.next().is_some()), "{name}");
-        }
+        let folders =
+            seeds.read_dir().expect("seeds are committed").map(|entry| entry.expect("a folder").path());
+        let filled = folders.filter(|folder| folder.read_dir().is_ok_and(|mut seeds| seeds.next().is_some()));
+        let mut found: Vec<String> =
+            filled.map(|folder| folder.file_name().expect("a name").to_string_lossy().into_owned()).collect();
+        let mut known: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();
+        (found.sort(), known.sort());
+        assert_eq!(found, known);
     }
 
     #[test]

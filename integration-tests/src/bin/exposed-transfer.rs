@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tandem_chassis::seam;
 use tandem_engine::random_checkpoint;
+use tandem_integration_tests::measure::{number, show, spread};
 use tandem_integration_tests::{Client, ProcessCluster, metric};
 
 const HELP: &str =
@@ -38,9 +39,7 @@ fn options() -> Result<Options, String> {
                 options.prompt_tokens =
                     parsed.map_err(|_| format!("--prompt-tokens takes numbers; {HELP}"))?;
             }
-            "--rounds" => {
-                options.runs = value()?.parse().map_err(|_| format!("--rounds takes a number; {HELP}"))?
-            }
+            "--rounds" => options.runs = number(&name, &value()?)? as usize,
             "--quick" => options = Options { prompt_tokens: vec![1024, 2048], runs: 1, ..options },
             "--json" => options.json = Some(value()?.into()),
             "--help" | "-h" => {
@@ -70,12 +69,6 @@ async fn sums(decode: &Client) -> Sums {
         exposed_bytes: metric(&text, "tandem_kv_transfer_exposed_bytes_total"),
         exposed: metric(&text, "tandem_kv_transfer_exposed_seconds_sum"),
     }
-}
-
-/// Minimum, median and maximum.
-fn spread(mut values: Vec<f64>) -> [f64; 3] {
-    values.sort_by(f64::total_cmp);
-    [values[0], values[values.len() / 2], values[values.len() - 1]]
 }
 
 async fn bench(options: Options) -> Result<(), String> {
@@ -137,9 +130,6 @@ async fn bench(options: Options) -> Result<(), String> {
         let exposed = of(&|run| 1e3 * (run.2.exposed - run.1.exposed));
         let exposed_bytes = of(&|run| run.2.exposed_bytes - run.1.exposed_bytes)[1];
         let ratio = of(&|run| (run.2.exposed - run.1.exposed) / (run.2.whole - run.1.whole));
-        let show = |[low, median, high]: [f64; 3], digits: usize| {
-            format!("{median:.digits$} ({low:.digits$} to {high:.digits$})")
-        };
         let mib = f64::from(1 << 20);
         println!(
             "| {tokens} | {:.0} | {} | {} | {} | {:.0} | {} |",

@@ -6,20 +6,21 @@
 //! `tandem bench`.
 
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
 use tandem_chassis::group::Group;
 use tandem_chassis::seam;
 use tandem_integration_tests::ProcessCluster;
-use tandem_integration_tests::processes::tandem;
+use tandem_integration_tests::measure::{self, number, show, spread};
 
 const HELP: &str = "overload [--slo ttft=2s,tpot=500ms] [--rounds N] [--seconds N] [--quick] [--json FILE]";
 
 /// A cluster that serves few enough requests for one client to send it ten times as many.
 const SLOW: [&str; 7] =
     ["--processes", "--fake=qwen3-8b@h200,slow=20", "--prefill", "1", "--decode", "1", "--policy=cost"];
+/// A stream of a million tokens takes more than the ten minutes that are the default.
+const PATIENCE: &str = "3600s";
 const FAST: [&str; 6] = ["--processes", "--fake=zero", "--prefill", "1", "--decode", "1"];
 
 /// So many requests at once are tried to find the slow cluster's best.
@@ -41,14 +42,10 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, Strin
     let mut options = Options { slo, rounds: 5, seconds: 15, tokens: 1_000_000, streams: 10_000, json: None };
     while let Some(name) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value; {HELP}"));
-        let number = |text: String| {
-            let number = text.parse::<u32>().ok().filter(|&number| number > 0);
-            number.ok_or_else(|| format!("{name} takes a number from 1 on; {HELP}"))
-        };
         match name.as_str() {
             "--slo" => options.slo = value()?,
-            "--rounds" => options.rounds = number(value()?)? as usize,
-            "--seconds" => options.seconds = number(value()?)?,
+            "--rounds" => options.rounds = number(&name, &value()?)? as usize,
+            "--seconds" => options.seconds = number(&name, &value()?)?,
             "--quick" => {
                 (options.rounds, options.seconds) = (1, 5);
                 (options.tokens, options.streams) = (50_000, 1_000);
@@ -64,23 +61,10 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, Strin
     Ok(options)
 }
 
-/// Runs `tandem bench` against a cluster; its one run.
+/// Runs `tandem bench` against a cluster.
 async fn bench(cluster: &ProcessCluster, arguments: &[&str]) -> Result<Value, String> {
-    let file = std::env::temp_dir().join(format!("tandem-overload-{:x}.json", seam::random_u128()));
-    let mut command = Command::new(tandem());
-    command
-        .args(["bench", "--url", &format!("http://{}", cluster.address), "--timeout", "600s"])
-        .arg("--json")
-        .arg(&file)
-        .args(arguments)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
-    let status = tokio::task::spawn_blocking(move || command.status()).await.expect("it waits");
-    let text = std::fs::read_to_string(&file);
-    let _ = std::fs::remove_file(&file);
-    let text = text.map_err(|_| format!("`tandem bench` ended with {status:?}"))?;
-    let mut report: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-    Ok(report["runs"][0].take())
+    let url = format!("http://{}", cluster.address);
+    measure::bench(&[&["--url", &url, "--timeout", PATIENCE][..], arguments].concat()).await
 }
 
 /// The router's processes.
@@ -132,7 +116,10 @@ async fn overloaded(options: &Options) -> Result<Overloaded, String> {
 
 /// Bytes that the router grows by for each token of one stream, as long as it runs and for good.
 async fn long_stream(options: &Options) -> Result<[f64; 2], String> {
-    let cluster = ProcessCluster::start(&[&FAST[..], &["--kv-memory", "2GiB"]].concat()).await;
+    let cluster = ProcessCluster::start(
+        &[&FAST[..], &["--kv-memory", "2GiB", "--request-deadline", PATIENCE]].concat(),
+    )
+    .await;
     let router = router(&cluster).await?;
     bench(&cluster, &["--concurrency", "4", "--requests", "100", "--output-tokens", "fixed:1000"]).await?;
     let before = router.resident_bytes();
@@ -174,10 +161,14 @@ async fn short_streams(options: &Options) -> Result<[f64; 2], String> {
     Ok([held[0], held[9]])
 }
 
-/// Minimum, median and maximum.
-fn spread(mut values: Vec<f64>) -> [f64; 3] {
-    values.sort_by(f64::total_cmp);
-    [values[0], values[values.len() / 2], values[values.len() - 1]]
+/// The table as it grows: what is measured is shown at once, whatever comes of the rest.
+struct Table(Vec<Value>);
+
+impl Table {
+    fn row(&mut self, name: &str, values: [f64; 3], goal: &str) {
+        println!("| {name} | {} | {goal} |", show(values, 2));
+        self.0.push(json!({ "name": name, "values": values, "goal": goal }));
+    }
 }
 
 async fn run(options: Options) -> Result<(), String> {
@@ -187,31 +178,26 @@ async fn run(options: Options) -> Result<(), String> {
         rounds.push(overloaded(&options).await?);
     }
     let of = |value: &dyn Fn(&Overloaded) -> f64| spread(rounds.iter().map(value).collect());
-    eprintln!("one stream of {} tokens", options.tokens);
-    let growth = long_stream(&options).await?;
-    eprintln!("{} streams of ten tokens", options.streams);
-    let held = short_streams(&options).await?;
     println!("{} rounds, {}: median (least to most)", options.rounds, options.slo);
     println!("| line | figure | goal |\n|---|---|---|");
-    let mut rows = Vec::new();
-    let mut row = |name: &str, values: [f64; 3], goal: &str| {
-        let [low, median, high] = values;
-        println!("| {name} | {median:.2} ({low:.2} to {high:.2}) | {goal} |");
-        rows.push(json!({ "name": name, "values": values, "goal": goal }));
-    };
-    row("answers per second in time, at best", of(&|ran| ran.best), "");
-    row("the same under ten times that", of(&|ran| ran.goodput), "");
-    row("share of the best goodput that is left", of(&|ran| ran.goodput / ran.best), "0.9 at least");
-    row("share of requests that are refused", of(&|ran| ran.refused as f64 / ran.sent.max(1) as f64), "");
-    row("ms until a refusal, median", of(&|ran| ran.refusal_ms[0]), "10 at most");
-    row("ms until a refusal, p99", of(&|ran| ran.refusal_ms[1]), "10 at most");
-    row("ms that the client itself was late, p99", of(&|ran| ran.late_ms), "");
-    row("bytes a token of one long stream, at most", [growth[0]; 3], "8 at most");
-    row("bytes a token of it, afterwards", [growth[1]; 3], "");
-    row("MiB after a tenth of the short streams", [held[0]; 3], "");
-    row("MiB after all of them", [held[1]; 3], "no more");
+    let mut table = Table(Vec::new());
+    table.row("answers per second in time, at best", of(&|ran| ran.best), "");
+    table.row("the same under ten times that", of(&|ran| ran.goodput), "");
+    table.row("share of the best goodput that is left", of(&|ran| ran.goodput / ran.best), "0.9 at least");
+    table.row("share of requests refused", of(&|ran| ran.refused as f64 / ran.sent.max(1) as f64), "");
+    table.row("ms until a refusal, median", of(&|ran| ran.refusal_ms[0]), "10 at most");
+    table.row("ms until a refusal, p99", of(&|ran| ran.refusal_ms[1]), "10 at most");
+    table.row("ms that the client itself was late, p99", of(&|ran| ran.late_ms), "");
+    eprintln!("{} streams of ten tokens", options.streams);
+    let held = short_streams(&options).await?;
+    table.row("MiB after a tenth of the short streams", [held[0]; 3], "");
+    table.row("MiB after all of them", [held[1]; 3], "no more");
+    eprintln!("one stream of {} tokens", options.tokens);
+    let growth = long_stream(&options).await?;
+    table.row("bytes a token of one long stream, at most", [growth[0]; 3], "8 at most");
+    table.row("bytes a token of it, afterwards", [growth[1]; 3], "");
     if let Some(file) = options.json {
-        let text = json!({ "slo": options.slo, "rows": rows }).to_string();
+        let text = json!({ "slo": options.slo, "rows": table.0 }).to_string();
         std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
     }
     Ok(())

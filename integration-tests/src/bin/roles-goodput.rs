@@ -12,6 +12,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 use tandem_chassis::config::Slo;
 use tandem_chassis::seam;
+use tandem_integration_tests::measure::{number, show, spread};
 use tandem_integration_tests::{Client, ProcessCluster};
 
 const HELP: &str = "roles-goodput [--slo ttft=10s,tpot=500ms] [--rounds N] [--quick] [--json FILE]";
@@ -54,10 +55,7 @@ fn options() -> Result<Options, String> {
         let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value; {HELP}"));
         match name.as_str() {
             "--slo" => options.slo = value()?.parse().map_err(|error| format!("--slo: {error}"))?,
-            "--rounds" => {
-                let rounds = value()?.parse().ok().filter(|&rounds| rounds > 0);
-                options.rounds = rounds.ok_or_else(|| format!("--rounds takes a number; {HELP}"))?;
-            }
+            "--rounds" => options.rounds = number(&name, &value()?)?.into(),
             "--quick" => (options.rounds, options.scale) = (1, 0.5),
             "--json" => options.json = Some(value()?.into()),
             "--help" | "-h" => {
@@ -195,12 +193,6 @@ async fn run(arguments: &[&str; 4], round: u64, options: &Options) -> Result<Ran
     Ok(Ran { goodput: counts[0] as f64 / seconds, flips, counts })
 }
 
-/// Minimum, median and maximum.
-fn spread(mut values: Vec<f64>) -> [f64; 3] {
-    values.sort_by(f64::total_cmp);
-    [values[0], values[values.len() / 2], values[values.len() - 1]]
-}
-
 async fn bench(options: Options) -> Result<(), String> {
     let mut rounds: Vec<Vec<Ran>> = Vec::new();
     for round in 0..options.rounds {
@@ -214,7 +206,6 @@ async fn bench(options: Options) -> Result<(), String> {
     println!("{} rounds, {}: median (least to most)", options.rounds, options.slo);
     println!("| cluster | goodput per second | in time, late, shed, lost | flips | ours over it |");
     println!("|---|---|---|---|---|");
-    let show = |[low, median, high]: [f64; 3]| format!("{median:.2} ({low:.2} to {high:.2})");
     let mut rows: Vec<Value> = Vec::new();
     for (at, (name, _)) in CLUSTERS.iter().enumerate() {
         let of = |value: &dyn Fn(&Ran) -> f64| spread(rounds.iter().map(|ran| value(&ran[at])).collect());
@@ -223,7 +214,12 @@ async fn bench(options: Options) -> Result<(), String> {
         let counts: Vec<String> =
             (0..4).map(|kind| format!("{:.0}", of(&|ran| ran.counts[kind] as f64)[1])).collect();
         let flips = of(&|ran| ran.flips as f64)[1];
-        println!("| {name} | {} | {} | {flips:.0} | {} |", show(goodput), counts.join(", "), show(ratio));
+        println!(
+            "| {name} | {} | {} | {flips:.0} | {} |",
+            show(goodput, 2),
+            counts.join(", "),
+            show(ratio, 2)
+        );
         rows.push(json!({ "name": name, "goodput_rps": goodput, "ratio": ratio, "flips": flips }));
     }
     if let Some(file) = options.json {

@@ -3,7 +3,7 @@
 use std::process::Command;
 
 use serde_json::{Value, json};
-use tandem_integration_tests::{Spec, TestCluster, checkpoints, skip};
+use tandem_integration_tests::{ProcessCluster, Spec, TestCluster, checkpoints, skip};
 
 use crate::support::run;
 
@@ -39,6 +39,29 @@ fn the_demo_model_answers_what_its_page_says_it_can() {
         let named = [("system", "Your name is Robin."), ("user", "What is your name?")];
         assert_eq!(says(&cluster, &named).await, "My name is Robin.");
         cluster.close().await;
+    });
+}
+
+/// Weights in 8 and in 4 bits, through `tandem up`: each process holds them so, says so, and hands over to the next.
+#[test]
+fn quantised_weights_are_asked_for_by_a_flag_and_answer() {
+    run(async {
+        for (flag, class, question, answer) in [
+            ("w8a8", "-int8", "What is 2+2?", "4"),
+            ("int4", "-int4g64", "Repeat: lamp, river, stone", "lamp, river, stone"),
+        ] {
+            let cluster = ProcessCluster::start(&["--processes", "--quantization", flag]).await;
+            for worker in ["prefill-0", "decode-0"] {
+                let numerics = cluster.state_of(worker).await["kv_identity"]["numerics"].clone();
+                assert!(numerics.as_str().is_some_and(|numerics| numerics.ends_with(class)), "{numerics}");
+            }
+            let messages = json!([{ "role": "user", "content": question }]);
+            let body = json!({ "model": "demo", "messages": messages, "temperature": 0, "max_tokens": 20 });
+            let said = cluster.api.post("/v1/chat/completions", &body).await;
+            assert_eq!(said.status, 200, "{}", said.text);
+            assert_eq!(said.json["choices"][0]["message"]["content"], answer, "{flag}");
+            assert_eq!(cluster.interrupt().await, Some(0));
+        }
     });
 }
 

@@ -70,6 +70,9 @@ pub struct UpConfig {
     /// Requests that may wait for a worker to begin them; more get 503
     #[arg(long, default_value_t = 256)]
     pub queue_max: usize,
+    /// Time that a request may take in all
+    #[arg(long, default_value = "600s")]
+    pub request_deadline: HumanDuration,
     /// Address to listen on
     #[arg(long, default_value_t = IpAddr::V4(Ipv4Addr::LOCALHOST))]
     pub bind: IpAddr,
@@ -236,6 +239,7 @@ impl UpConfig {
             planner: self.planner,
             slo: self.slo,
             queue_max: self.queue_max,
+            request_deadline: self.request_deadline,
             drain_timeout: self.drain_timeout,
             telemetry: self.telemetry.clone(),
             ..RouterConfig::defaults()
@@ -381,6 +385,17 @@ mod tests {
             "--fake=qwen3-8b@h200,slow=0.5",
             "--processes",
         ]);
+    }
+
+    #[test]
+    fn the_router_and_the_workers_are_told_what_was_said() {
+        let config = parsed("--queue-max 7 --request-deadline 90s --policy prefix --quantization int4");
+        let router = config.router("/m".into());
+        assert_eq!((router.queue_max, router.request_deadline.0.as_secs()), (7, 90));
+        assert_eq!(router.policy, "prefix");
+        let (id, role) = config.workers().remove(0);
+        assert_eq!(config.worker(&id, role, "/m".into()).quantization.as_str(), "int4");
+        assert!(parsed("--queue-max 0").check().expect_err("nobody could wait").contains("--queue-max"));
     }
 
     #[test]

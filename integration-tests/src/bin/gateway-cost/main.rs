@@ -21,6 +21,7 @@ use scenarios::{Figure, Measure, SCENARIOS, Scenario};
 use subjects::{Fleet, Subject};
 use tandem_chassis::group::{Group, listens};
 use tandem_chassis::{raise_open_files, seam};
+use tandem_integration_tests::measure::number;
 
 const HELP: &str = "gateway-cost [--peer NAME=URL]... [--only TEXT] [--quick] [--rounds N] [--seconds N] [--model DIR] \
                     [--json FILE]";
@@ -53,10 +54,6 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, Strin
     };
     while let Some(name) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value; {HELP}"));
-        let number = |text: String| {
-            let number = text.parse::<u32>().ok().filter(|&number| number > 0);
-            number.ok_or_else(|| format!("{name} takes a number from 1 on; {HELP}"))
-        };
         match name.as_str() {
             "--peer" => {
                 let text = value()?;
@@ -72,8 +69,8 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, Strin
                 }
             }
             "--quick" => (options.quick, options.rounds, options.seconds) = (true, 1, 1),
-            "--rounds" => options.rounds = number(value()?)? as usize,
-            "--seconds" => options.seconds = number(value()?)?,
+            "--rounds" => options.rounds = number(&name, &value()?)? as usize,
+            "--seconds" => options.seconds = number(&name, &value()?)?,
             "--model" => options.model = Some(value()?.into()),
             "--json" => options.json = Some(value()?.into()),
             "--help" | "-h" => {

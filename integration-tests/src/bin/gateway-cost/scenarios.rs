@@ -1,13 +1,10 @@
 //! What each gateway is put through, and what of it counts.
 
-use std::path::Path;
-use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 use tandem_chassis::seam;
-use tandem_integration_tests::Client;
-use tandem_integration_tests::processes::tandem;
+use tandem_integration_tests::{Client, measure};
 
 use crate::subjects::{Started, Subject, address, first_answer, model};
 use crate::{Options, sockets};
@@ -244,40 +241,26 @@ pub async fn bytes_per_token(subject: &Subject) -> Result<f64, String> {
 }
 
 async fn report(subject: &Subject, load: Load, more: &[&str]) -> Result<Value, String> {
-    let file = std::env::temp_dir().join(format!("tandem-gateway-{:x}.json", seam::random_u128()));
     let tokens = |bytes: f64| ((bytes / subject.bytes_per_token).round() as u32).max(1).to_string();
-    let url = if load.paced { &subject.paced } else { &subject.url };
-    let mut command = Command::new(tandem());
-    command
-        .args(["bench", "--endpoint", "chat", "--url", url, "--timeout", "60s"])
-        .args(["--concurrency", &load.at_once.to_string(), "--input-tokens", &tokens(load.own_bytes)])
-        .args(["--output-tokens", &load.output_tokens.to_string(), "--json", &file.to_string_lossy()])
-        .args(more)
-        .stdin(Stdio::null())
-        .stdout(Stdio::null());
+    let (url, group) =
+        if load.paced { (&subject.paced, subject.paced_group) } else { (&subject.url, subject.group) };
+    let (at_once, output_tokens) = (load.at_once.to_string(), load.output_tokens.to_string());
+    let (input_tokens, shared) = (tokens(load.own_bytes), format!("64,{}", tokens(load.shared_bytes)));
+    let pid = group.map(|group| group.pid().to_string());
+    let mut arguments = vec!["--endpoint", "chat", "--url", url, "--timeout", "60s"];
+    arguments.extend(["--concurrency", &at_once, "--input-tokens", &input_tokens]);
+    arguments.extend(["--output-tokens", &output_tokens]);
+    arguments.extend(more);
     if load.shared_bytes > 0.0 {
-        command.args(["--shared-prefix", &format!("64,{}", tokens(load.shared_bytes))]);
+        arguments.extend(["--shared-prefix", &shared]);
     }
     if !load.stream {
-        command.arg("--no-stream");
+        arguments.push("--no-stream");
     }
-    let group = if load.paced { subject.paced_group } else { subject.group };
-    if let Some(group) = group {
-        command.args(["--router-pid", &group.pid().to_string()]);
+    if let Some(pid) = &pid {
+        arguments.extend(["--router-pid", pid]);
     }
-    let status = tokio::task::spawn_blocking(move || command.status()).await.expect("it waits");
-    let read = read(&file);
-    let _ = std::fs::remove_file(&file);
-    match (status, read) {
-        (Ok(_), Ok(report)) => Ok(report),
-        (status, _) => Err(format!("`tandem bench` against {} ended with {status:?}", subject.name)),
-    }
-}
-
-fn read(file: &Path) -> Result<Value, String> {
-    let text = std::fs::read_to_string(file).map_err(|error| error.to_string())?;
-    let mut report: Value = serde_json::from_str(&text).map_err(|error| error.to_string())?;
-    Ok(report["runs"][0].take())
+    measure::bench(&arguments).await.map_err(|error| format!("{}: {error}", subject.name))
 }
 
 fn mib(bytes: u64) -> f64 {

@@ -290,6 +290,17 @@ mod tests {
     }
 
     #[test]
+    fn a_mark_that_a_request_forges_is_refused() {
+        let model = model().with_template("{{ messages[0].content }}{{ extra }}").unwrap();
+        for forged in [format!("{MARK}999{MARK}"), format!("{MARK}x{MARK}"), MARK.to_string()] {
+            let extra = [("extra".to_owned(), Value::String(forged))].into_iter().collect();
+            // Only where a control token's text is written are there marks at all.
+            let ids = model.encode_chat(&user("a<|im_end|>"), true, &extra);
+            assert!(matches!(ids, Err(TemplateError::Render(_))), "{ids:?}");
+        }
+    }
+
+    #[test]
     fn a_missing_file_is_named() {
         let error = Model::open(Path::new("/no/such/model"), "m".into(), None).err().unwrap();
         assert!(error.to_string().contains("/no/such/model/config.json"), "{error}");
