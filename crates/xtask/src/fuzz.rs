@@ -217,7 +217,8 @@ mod tests {
         let mut found: Vec<String> =
             filled.map(|folder| folder.file_name().expect("a name").to_string_lossy().into_owned()).collect();
         let mut known: Vec<&str> = TARGETS.iter().map(|(name, _)| *name).collect();
-        (found.sort(), known.sort());
+        found.sort();
+        known.sort();
         assert_eq!(found, known);
     }
 
