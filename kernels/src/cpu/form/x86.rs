@@ -204,6 +204,29 @@ unsafe fn fused_half<const R: usize>(
     }
 }
 
+/// Adds to two vectors the products of a word that `$at` points to, spread over all lanes, with two vectors. The
+/// compiler loads the words of all rows before it multiplies any of them, and the sums no longer fit the registers:
+/// here each is loaded where it is used.
+///
+/// Safety: `$at` may be read for 32 bits, at any alignment; the machine has the instruction.
+macro_rules! add_products {
+    ($instruction:literal, $at:expr, $weights:expr, $sums:expr) => {{
+        let ([first, second], [weights_first, weights_second]) = (&mut $sums, $weights);
+        std::arch::asm!(
+            "vpbroadcastd {x}, dword ptr [{at}]",
+            concat!($instruction, " {first}, {x}, {weights_first}"),
+            concat!($instruction, " {second}, {x}, {weights_second}"),
+            x = out(zmm_reg) _,
+            at = in(reg) $at,
+            first = inout(zmm_reg) *first,
+            second = inout(zmm_reg) *second,
+            weights_first = in(zmm_reg) weights_first,
+            weights_second = in(zmm_reg) weights_second,
+            options(pure, readonly, nostack, preserves_flags)
+        )
+    }};
+}
+
 /// AVX-512 with bf16: an instruction multiplies and adds both inputs of a pair for 16 outputs.
 pub(crate) struct Paired;
 
@@ -284,35 +307,30 @@ unsafe fn paired<const R: usize>(
         std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums[r].as_ptr().add(16 * v)) })
     });
     let mut weights = panel.as_ptr();
-    // SAFETY: the panel has a whole row of 64 elements for each pair of inputs, and `weights` is at one of them;
-    // vectors of equal size are the same bits.
-    let load = |weights: *const Bf16, v: usize| unsafe {
-        std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(weights.add(32 * v).cast()))
-    };
-    // SAFETY: vectors of equal size are the same bits.
-    let spread = |pair: i32| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_set1_epi32(pair)) };
     let mut ahead = ahead.over(inputs / 2);
     for pair in 0..inputs / 2 {
         ahead.fetch_next();
-        let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
+        // SAFETY: the panel has a row of 64 elements for each pair of inputs, and `weights` is at this one.
+        let wide: [__m512i; 2] =
+            std::array::from_fn(|v| unsafe { _mm512_loadu_si512(weights.add(32 * v).cast()) });
         for r in 0..R {
-            // SAFETY: both inputs are inside row `r`; the read asks for no alignment.
-            let value = spread(unsafe { x.add(r * stride + 2 * pair).cast::<i32>().read_unaligned() });
-            for v in 0..2 {
-                now[r][v] = _mm512_dpbf16_ps(now[r][v], value, wide[v]);
-            }
+            // SAFETY: both inputs are inside row `r`.
+            unsafe { add_products!("vdpbf16ps", x.add(r * stride + 2 * pair), wide, now[r]) };
         }
         weights = weights.wrapping_add(2 * PANEL);
     }
     if inputs % 2 == 1 {
-        // The panel is padded to a whole pair with zeros; the row ends with its last input.
-        let wide: [__m512bh; 2] = [load(weights, 0), load(weights, 1)];
+        // The row ends with its last input; what the panel has beside it, if only padding, counts for nothing.
+        let wide: [__m512i; 2] = std::array::from_fn(|v| {
+            // SAFETY: the panel is padded to a whole pair.
+            let pair = unsafe { _mm512_loadu_si512(weights.add(32 * v).cast()) };
+            _mm512_and_si512(pair, _mm512_set1_epi32(0xffff))
+        });
         for r in 0..R {
             // SAFETY: the last input is inside row `r`.
-            let value = spread(i32::from(unsafe { (*x.add(r * stride + inputs - 1)).0 }));
-            for v in 0..2 {
-                now[r][v] = _mm512_dpbf16_ps(now[r][v], value, wide[v]);
-            }
+            let value = u32::from(unsafe { (*x.add(r * stride + inputs - 1)).0 });
+            // SAFETY: `value` is a pair.
+            unsafe { add_products!("vdpbf16ps", &raw const value, wide, now[r]) };
         }
     }
     for r in 0..R {
