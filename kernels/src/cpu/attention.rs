@@ -220,8 +220,10 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
     // A part that panicked left nothing that the next call reads.
     let mut room = job.rooms[part].lock().unwrap_or_else(PoisonError::into_inner);
     let room = &mut *room;
-    for task in job.plan.tasks.iter().filter(|task| parts == 1 || task.part == part) {
+    let mut tasks = job.plan.tasks.iter().filter(|task| parts == 1 || task.part == part).peekable();
+    while let Some(task) = tasks.next() {
         let block = &job.plan.blocks[task.block];
+        let then = tasks.peek().map(|task| first_rows(job, task));
         let group = job.heads / job.pages.heads;
         let queries = block.rows * group;
         room.fit(queries, width);
@@ -235,14 +237,15 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
             let first = block.partial + (task.kv_head * block.spans() + at) * queries;
             // SAFETY: these partial results belong to this task alone.
             let partials = unsafe { job.partials.part(first * len, queries * len) };
-            span(job, block, task.kv_head, at, room, |query, partial| {
+            span(job, block, task.kv_head, at, then, room, |query, partial| {
                 partials[query * len..][..len].copy_from_slice(partial);
             });
             continue;
         }
         let mut totals = std::mem::take(&mut room.totals);
         for at in 0..block.spans() {
-            span(job, block, task.kv_head, at, room, |query, partial| {
+            let then = then.filter(|_| at + 1 == block.spans());
+            span(job, block, task.kv_head, at, then, room, |query, partial| {
                 merge(&mut totals[query * len..][..len], partial, at == 0);
             });
         }
@@ -278,6 +281,19 @@ fn merge_spans_body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) 
     }
 }
 
+/// Keys and values of some tokens.
+type KvRows<'a, T> = (&'a [T], &'a [T]);
+
+/// What a task reads first.
+#[inline(always)]
+fn first_rows<'a, F: Form>(job: &'a Attention<'_, F>, task: &Task) -> KvRows<'a, F::Stored> {
+    let block = &job.plan.blocks[task.block];
+    let begin = task.span.unwrap_or(0) * SPAN;
+    let sequence = job.sequences[block.first] as usize;
+    // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
+    unsafe { job.pages.rows(sequence, begin, task.kv_head, PANEL.min(block.reach - begin)) }
+}
+
 /// Tokens that a query sees.
 #[inline(always)]
 fn reach<F: Form>(job: &Attention<'_, F>, block: &Block, query: usize) -> usize {
@@ -298,12 +314,13 @@ fn span<F: Form>(
     block: &Block,
     kv_head: usize,
     at: usize,
+    then: Option<KvRows<'_, F::Stored>>,
     room: &mut Room<F>,
     mut take: impl FnMut(usize, &[f32]),
 ) {
     let width = job.pages.width;
     let begin = at * SPAN;
-    panels(job, block, kv_head, begin..block.reach.min(begin + SPAN), room);
+    panels(job, block, kv_head, begin..block.reach.min(begin + SPAN), then, room);
     let queries = room.queries.len() / width;
     let mut first = 0;
     while first < queries {
@@ -329,6 +346,7 @@ fn panels<F: Form>(
     block: &Block,
     kv_head: usize,
     tokens: Range<usize>,
+    then: Option<KvRows<'_, F::Stored>>,
     room: &mut Room<F>,
 ) {
     let (sequence, reach) = (job.sequences[block.first] as usize, block.reach);
@@ -338,11 +356,14 @@ fn panels<F: Form>(
         let count = PANEL.min(tokens.end - position);
         // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
         let (keys, values) = unsafe { job.pages.rows(sequence, position, kv_head, count) };
-        // What comes next is fetched meanwhile, also that of the next span.
+        // What comes next is fetched meanwhile: of this span, of the next one, or of another task.
         let next = position + PANEL;
-        // SAFETY: as above.
-        let (next_keys, next_values) = unsafe {
-            job.pages.rows(sequence, next.min(reach - 1), kv_head, PANEL.min(reach.saturating_sub(next)))
+        let (next_keys, next_values) = match then {
+            Some(then) if next >= tokens.end => then,
+            // SAFETY: as above.
+            _ => unsafe {
+                job.pages.rows(sequence, next.min(reach - 1), kv_head, PANEL.min(reach.saturating_sub(next)))
+            },
         };
         // SAFETY: a form is used with its instruction set.
         unsafe {
