@@ -277,14 +277,14 @@ impl Form for Paired {
 
     #[inline(always)]
     unsafe fn panel_of_rows(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
-        // SAFETY: a machine with AVX-512 has AVX2.
-        unsafe { transpose(rows, width, ahead, panel) }
+        // SAFETY: the caller has the instructions.
+        unsafe { transpose_wide(rows, width, ahead, panel) }
     }
 
     #[inline(always)]
     unsafe fn panel_of_columns(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
         // SAFETY: as above.
-        unsafe { interleave(rows, width, first, ahead, panel) }
+        unsafe { interleave_wide(rows, width, first, ahead, panel) }
     }
 }
 
@@ -415,6 +415,100 @@ unsafe fn interleave(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, pa
                 _mm256_storeu_si256(to.cast(), _mm256_permute2x128_si256::<0x20>(low, high));
                 _mm256_storeu_si256(to.add(16).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
             }
+        }
+    }
+}
+
+/// [`transpose`] with vectors of 16 words.
+///
+/// # Safety
+/// The machine has AVX-512 F and AVX2.
+#[target_feature(enable = "avx512f,avx2")]
+unsafe fn transpose_wide(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16]) {
+    const WORDS: usize = 16;
+    let count = rows.len() / width;
+    let pairs = width / 2;
+    if count != PANEL || !width.is_multiple_of(2) || !pairs.is_multiple_of(WORDS) {
+        // SAFETY: the machine has AVX2.
+        return unsafe { transpose(rows, width, ahead, panel) };
+    }
+    assert!(panel.len() >= PANEL * width, "a panel of {width} inputs in {} elements", panel.len());
+    let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    let mut ahead = ahead.over(PANEL / WORDS * (pairs / WORDS));
+    for first in (0..PANEL).step_by(WORDS) {
+        for pair in (0..pairs).step_by(WORDS) {
+            ahead.fetch_next();
+            // SAFETY: rows `first..first + 16` and pairs `pair..pair + 16` exist: both counts are multiples of 16.
+            let row: [__m512i; WORDS] = std::array::from_fn(|i| unsafe {
+                _mm512_loadu_si512(from.add((first + i) * width + 2 * pair).cast())
+            });
+            let two: [__m512i; WORDS] = std::array::from_fn(|i| match i % 2 {
+                0 => _mm512_unpacklo_epi32(row[i], row[i + 1]),
+                _ => _mm512_unpackhi_epi32(row[i - 1], row[i]),
+            });
+            // Of every four rows: in each quarter of the vector a word of the four; `i % 4` says which of its words.
+            let four: [__m512i; WORDS] = std::array::from_fn(|i| {
+                let base = i / 4 * 4;
+                match i % 4 {
+                    0 => _mm512_unpacklo_epi64(two[base], two[base + 2]),
+                    1 => _mm512_unpackhi_epi64(two[base], two[base + 2]),
+                    2 => _mm512_unpacklo_epi64(two[base + 1], two[base + 3]),
+                    _ => _mm512_unpackhi_epi64(two[base + 1], two[base + 3]),
+                }
+            });
+            for word in 0..4 {
+                let low = [four[word], four[word + 4]];
+                let high = [four[word + 8], four[word + 12]];
+                // Quarters 0 and 2, then 1 and 3, of rows 0 to 7 and of rows 8 to 15.
+                let even = [low, high].map(|[a, b]| _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b));
+                let odd = [low, high].map(|[a, b]| _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b));
+                let whole = [
+                    _mm512_shuffle_i32x4::<0b10_00_10_00>(even[0], even[1]),
+                    _mm512_shuffle_i32x4::<0b10_00_10_00>(odd[0], odd[1]),
+                    _mm512_shuffle_i32x4::<0b11_01_11_01>(even[0], even[1]),
+                    _mm512_shuffle_i32x4::<0b11_01_11_01>(odd[0], odd[1]),
+                ];
+                for (quarter, whole) in whole.into_iter().enumerate() {
+                    let pair = pair + 4 * quarter + word;
+                    // SAFETY: the pair is inside the panel, checked above; a pair's row has 32 outputs.
+                    unsafe { _mm512_storeu_si512(to.add((pair * PANEL + first) * 2).cast(), whole) };
+                }
+            }
+        }
+    }
+}
+
+/// [`interleave`] with vectors of 32 elements.
+///
+/// # Safety
+/// The machine has AVX-512 F and BW, and AVX2.
+#[target_feature(enable = "avx512f,avx512bw,avx2")]
+unsafe fn interleave_wide(rows: &[Bf16], width: usize, first: usize, ahead: Ahead, panel: &mut [Bf16]) {
+    let count = rows.len() / width;
+    if count != PANEL || first + PANEL > width {
+        // SAFETY: the machine has AVX2.
+        return unsafe { interleave(rows, width, first, ahead, panel) };
+    }
+    assert!(panel.len() >= PANEL * PANEL, "32 rows in a panel of {}", panel.len());
+    let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
+    // Element `at` of one row and of the other in turn.
+    let places = |begin: u16| -> [u16; PANEL] {
+        std::array::from_fn(|at| begin + at as u16 / 2 + if at % 2 == 0 { 0 } else { PANEL as u16 })
+    };
+    let (low, high) = (places(0), places(PANEL as u16 / 2));
+    // SAFETY: both have 32 elements.
+    let (low, high) =
+        unsafe { (_mm512_loadu_epi16(low.as_ptr().cast()), _mm512_loadu_epi16(high.as_ptr().cast())) };
+    let mut ahead = ahead.over(PANEL / 2);
+    for row in (0..PANEL).step_by(2) {
+        ahead.fetch_next();
+        // SAFETY: 32 elements from `first` on are in each of the 32 rows; so are 64 in the panel for each two rows.
+        unsafe {
+            let at = from.add(row * width + first);
+            let (one, two) = (_mm512_loadu_si512(at.cast()), _mm512_loadu_si512(at.add(width).cast()));
+            let to = to.add(row * PANEL);
+            _mm512_storeu_si512(to.cast(), _mm512_permutex2var_epi16(one, low, two));
+            _mm512_storeu_si512(to.add(PANEL).cast(), _mm512_permutex2var_epi16(one, high, two));
         }
     }
 }
