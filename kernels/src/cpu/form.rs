@@ -13,7 +13,7 @@ use std::ops::Range;
 use crate::scalar::{Bf16, Scalar};
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Fused, Paired};
+pub(super) use x86::{Fused, Paired, add_products};
 
 /// Outputs of a panel.
 pub(super) const PANEL: usize = 32;

@@ -370,7 +370,9 @@ impl Stream for CpuStream {
             (LinearForm::Numbers, ..) => by_form!(call.x, self.linear_as(call)),
             (LinearForm::Int8, ..) => by_element!(call.x, self.linear_int8(call)),
             #[cfg(target_arch = "x86_64")]
-            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2 | Isa::Avx512) => {
+            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx512) => self.linear_int4_pairs(call, group),
+            #[cfg(target_arch = "x86_64")]
+            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2) => {
                 self.linear_int4::<form::Fused, true>(call, group)
             }
             (LinearForm::Int4 { group }, Element::Bf16, _) => {

@@ -4,10 +4,14 @@ use std::marker::PhantomData;
 
 use tandem_device::{Buffer, Epilogue, Linear, LinearCall, LinearForm, Logits};
 
-use super::factor::{self, Factor, Int4, Int8, Int8Rows, Quantise};
+#[cfg(target_arch = "x86_64")]
+use super::factor::{Int4Pairs, Int4Rows, Pair};
+use super::factor::{self, Factor, Int4, Int8, Int8Rows, Quantise, RowForm};
 use super::form::Form;
-use super::{Cpu, CpuStream, Isa, expect, linear};
+use super::{Cpu, CpuStream, expect, linear};
 use crate::memory::{Shared, slice};
+#[cfg(target_arch = "x86_64")]
+use crate::scalar::Bf16;
 use crate::scalar::Scalar;
 
 impl Cpu {
@@ -86,24 +90,26 @@ impl CpuStream {
         let to = stored::<T>(&call);
         expect(call.x, count * inputs);
         let words = factor::words_of_bytes(inputs);
+        let isa = self.cpu.isa;
+        let form = RowForm::of(isa);
         let (mut values, mut scales) = (std::mem::take(&mut self.narrow), std::mem::take(&mut self.wide));
-        values.resize(values.len().max(2 * count * words), 0);
+        values.resize(values.len().max(form.words() * count * words), 0);
         scales.resize(scales.len().max(count), 0.0);
         let job = Quantise::<T> {
             // SAFETY: as in `embed_as`.
             x: unsafe { &slice(call.x)[..count * inputs] },
             inputs,
+            form,
             values: Shared::over(&mut values),
             scales: Shared::over(&mut scales),
         };
-        let isa = self.cpu.isa;
         self.cpu.run(count * inputs, &|part, parts| factor::quantise(isa, &job, part, parts));
         let packed = call.weight.scales.as_ref().expect("packed integers have scales");
         let factor = Int8::<T> {
             rows: Int8Rows { values: &values, words, scales: &scales },
             panels: Shared::of(&call.weight.values),
             scales: Shared::of(packed),
-            vectors: isa != Isa::Portable,
+            isa,
             stored: PhantomData,
         };
         self.cpu.product(factor, count, call.weight, call.bias, call.epilogue, to);
@@ -134,6 +140,38 @@ impl CpuStream {
         };
         self.cpu.product(factor, count, call.weight, call.bias, call.epilogue, to);
         self.wide = wide;
+    }
+
+    /// 4-bit integers on AVX-512: products with the integers themselves.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn linear_int4_pairs(&mut self, call: LinearCall<'_>, group: usize) {
+        let (count, inputs) = (call.count, call.weight.inputs);
+        let to = stored::<Bf16>(&call);
+        expect(call.x, count * inputs);
+        let (words, groups) = (inputs.div_ceil(factor::NIBBLES), inputs.div_ceil(group));
+        let (mut pairs, mut sums) = (std::mem::take(&mut self.narrow), std::mem::take(&mut self.wide));
+        pairs.resize(pairs.len().max(4 * count * words), 0);
+        sums.resize(sums.len().max(count * groups), 0.0);
+        let job = Pair {
+            // SAFETY: as in `embed_as`.
+            x: unsafe { &slice(call.x)[..count * inputs] },
+            inputs,
+            group,
+            pairs: Shared::over(&mut pairs),
+            sums: Shared::over(&mut sums),
+        };
+        let isa = self.cpu.isa;
+        self.cpu.run(count * inputs, &|part, parts| factor::pair(isa, &job, part, parts));
+        let packed = call.weight.scales.as_ref().expect("packed integers have scales");
+        let factor = Int4Pairs {
+            rows: Int4Rows { pairs: &pairs, sums: &sums },
+            inputs,
+            group,
+            panels: Shared::of(&call.weight.values),
+            scales: Shared::of(packed),
+        };
+        self.cpu.product(factor, count, call.weight, call.bias, call.epilogue, to);
+        (self.narrow, self.wide) = (pairs, sums);
     }
 }
 

@@ -227,6 +227,8 @@ macro_rules! add_products {
     }};
 }
 
+pub(in super::super) use add_products;
+
 /// AVX-512 with bf16: an instruction multiplies and adds both inputs of a pair for 16 outputs.
 pub(crate) struct Paired;
 
