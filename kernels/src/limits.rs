@@ -29,6 +29,20 @@ pub fn products(isa: Isa, turns: u64) -> u64 {
     per_turn * turns
 }
 
+/// As [`products`], of the whole numbers that quantised rows and weights in 8 bits are.
+pub fn whole_products(isa: Isa, turns: u64) -> u64 {
+    let per_turn = match isa {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: (of both) the caller runs kernels on this instruction set, which were found available.
+        Isa::Avx2 if isa.available() => unsafe { x86::pairs(turns) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx512 if isa.available() => unsafe { x86::bytes(turns) },
+        _ => plain(turns),
+    };
+    per_turn * turns
+}
+
 fn plain(turns: u64) -> u64 {
     let mut sums = [1.0_f32; 32];
     let factor = std::hint::black_box(0.999_f32);
@@ -60,6 +74,33 @@ mod x86 {
         }
         black_box(sums);
         2 * 8 * CHAINS as u64
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn pairs(turns: u64) -> u64 {
+        let factor = _mm256_set1_epi16(black_box(3));
+        let mut sums = [_mm256_set1_epi32(black_box(1)); CHAINS];
+        for _ in 0..turns {
+            for sum in &mut sums {
+                // What is multiplied changes, or else it would be multiplied once.
+                *sum = _mm256_add_epi32(*sum, _mm256_madd_epi16(*sum, factor));
+            }
+        }
+        black_box(sums);
+        4 * 8 * CHAINS as u64
+    }
+
+    #[target_feature(enable = "avx512f,avx512vnni")]
+    pub(super) fn bytes(turns: u64) -> u64 {
+        let factor = _mm512_set1_epi32(black_box(0x0103_0201));
+        let mut sums = [_mm512_set1_epi32(black_box(1)); CHAINS];
+        for _ in 0..turns {
+            for sum in &mut sums {
+                *sum = _mm512_dpbusd_epi32(*sum, factor, factor);
+            }
+        }
+        black_box(sums);
+        8 * 16 * CHAINS as u64
     }
 
     #[target_feature(enable = "avx512f,avx512bf16")]
@@ -96,6 +137,9 @@ mod tests {
             let per_turn = products(isa, 1);
             assert_eq!(products(isa, 10), 10 * per_turn);
             assert_eq!(per_turn, [64, 192, 768][isa as usize]);
+            let per_turn = whole_products(isa, 1);
+            assert_eq!(whole_products(isa, 10), 10 * per_turn);
+            assert_eq!(per_turn, [64, 384, 1536][isa as usize]);
         }
     }
 }

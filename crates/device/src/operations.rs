@@ -193,7 +193,7 @@ pub struct Logits<'a> {
     pub x: &'a Buffer,
     /// Rows.
     pub count: usize,
-    /// The head.
+    /// The head: numbers, or 8-bit integers.
     pub weight: &'a Linear,
     /// f32 `[count][outputs]`.
     pub to: &'a Buffer,

@@ -86,6 +86,10 @@ pub(crate) fn pack(
         order: HeadOrder { width: 1, rotated: 0, pairing: Pairing::Halves },
     };
     let spec = checkpoint.spec();
+    let head_of_its_own = quantization != Quantization::Auto;
+    if head_of_its_own && matches!(spec.head, Head::Tied) {
+        packer.total += checkpoint.matrix(Part::Embedding).bytes() as u64;
+    }
     let embedding = packer.matrix(&[Part::Embedding], false)?;
     let mut layers = Vec::with_capacity(spec.layers.len());
     for (index, layer) in spec.layers.iter().enumerate() {
@@ -136,9 +140,12 @@ pub(crate) fn pack(
         });
     }
     let final_norm = packer.norm(Part::FinalNorm, spec.final_norm)?;
+    // A head in 4 bits would cost more quality than all layers, one of numbers as much time as most of them.
+    let made = if head_of_its_own { Quantization::W8a8 } else { Quantization::Auto };
     let head = match spec.head {
+        Head::Tied if head_of_its_own => packer.packed(&[Part::Embedding], false, made)?,
         Head::Tied => embedding.clone(),
-        Head::Separate => packer.matrix(&[Part::Head], false)?,
+        Head::Separate => packer.packed(&[Part::Head], false, made)?,
     };
     Ok(Weights { embedding, layers, final_norm, head })
 }
@@ -150,14 +157,17 @@ impl Weights {
             let (attention, feed_forward) = (&layer.attention, &layer.feed_forward);
             [&attention.qkv, &attention.output, &feed_forward.gate_up, &feed_forward.down]
         });
-        let forms: BTreeSet<String> = layers
+        let mut forms: BTreeSet<String> = layers
             .filter_map(|projection| match projection.weight.form {
                 LinearForm::Numbers => None,
                 LinearForm::Int8 => Some("int8".to_owned()),
                 LinearForm::Int4 { group } => Some(format!("int4g{group}")),
             })
             .collect();
-        forms.into_iter().collect()
+        if self.head.form == LinearForm::Int8 {
+            forms.insert("head8".to_owned());
+        }
+        forms.into_iter().rev().collect()
     }
 }
 
@@ -260,8 +270,14 @@ impl Packer<'_> {
         Ok(Projection { weight, bias })
     }
 
-    /// Matrices of equal width, one under the other, as one.
+    /// Matrices of equal width, one under the other, as one; those of layers in the form that was asked for.
     fn matrix(&mut self, parts: &[Part], gated: bool) -> Result<Linear, LoadError> {
+        let in_layer = parts.iter().all(|part| matches!(part, Part::Layer(..)));
+        self.packed(parts, gated, if in_layer { self.quantization } else { Quantization::Auto })
+    }
+
+    /// The same, in the form `made`.
+    fn packed(&mut self, parts: &[Part], gated: bool, made: Quantization) -> Result<Linear, LoadError> {
         let stack = Stack {
             matrices: parts.iter().map(|part| (*part, self.checkpoint.matrix(*part))).collect(),
             order: &self.order,
@@ -269,7 +285,6 @@ impl Packer<'_> {
         let (outputs, inputs) = (stack.outputs(), stack.inputs());
         let in_layer = parts.iter().all(|part| matches!(part, Part::Layer(..)));
         let form = if in_layer { stack.form() } else { MatrixForm::Numbers };
-        let made = if in_layer { self.quantization } else { Quantization::Auto };
         let quantised = |rows| self.device.pack_quantised(QuantisedMatrix { outputs, inputs, gated, rows });
         let packed = match (form, made) {
             (MatrixForm::Int8, _) if inputs <= INT8_INPUTS_MAX => {

@@ -529,8 +529,8 @@ fn each_quantisation_is_a_numerics_class_of_its_own_with_the_same_weights() {
     let int8 = of("qwen3", Quantization::W8a8).unwrap();
     let int4 = of("qwen3", Quantization::Int4).unwrap();
     assert_eq!((&plain.digest, &plain.digest), (&int8.digest, &int4.digest));
-    assert_eq!(int8.numerics, format!("{}-int8", plain.numerics));
-    assert_eq!(int4.numerics, format!("{}-int4g64", plain.numerics));
+    assert_eq!(int8.numerics, format!("{}-int8-head8", plain.numerics));
+    assert_eq!(int4.numerics, format!("{}-int4g64-head8", plain.numerics));
     for (name, suffix) in [("w8a8", "-int8"), ("gptq", "-int4g64"), ("awq", "-int4g64"), ("fp8", "")] {
         let name = format!("qwen3-{name}");
         assert_eq!(of(&name, Quantization::Auto).unwrap().numerics, format!("{}{suffix}", plain.numerics));

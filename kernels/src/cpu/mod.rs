@@ -402,7 +402,11 @@ impl Stream for CpuStream {
     }
 
     fn logits(&mut self, call: Logits<'_>) {
-        by_form!(call.x, self.logits_as(call))
+        match call.weight.form {
+            LinearForm::Numbers => by_form!(call.x, self.logits_as(call)),
+            LinearForm::Int8 => by_element!(call.x, self.logits_int8(call)),
+            LinearForm::Int4 { .. } => panic!("a head is of numbers or 8-bit integers"),
+        }
     }
 
     fn tally(&mut self, call: Tally<'_>) {

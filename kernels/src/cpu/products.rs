@@ -2,7 +2,7 @@
 
 use std::marker::PhantomData;
 
-use tandem_device::{Buffer, Epilogue, Linear, LinearCall, LinearForm, Logits};
+use tandem_device::{Buffer, Epilogue, Linear, LinearCall, Logits};
 
 #[cfg(target_arch = "x86_64")]
 use super::factor::{Int4Pairs, Int4Rows, Pair};
@@ -57,7 +57,6 @@ impl CpuStream {
     }
 
     pub(super) fn logits_as<F: Form>(&mut self, call: Logits<'_>) {
-        assert_eq!(call.weight.form, LinearForm::Numbers, "heads are not quantised");
         expect(call.to, call.count * call.weight.outputs);
         let to = linear::Output::<F::Stored>::Logits(Shared::of(call.to));
         self.numbers::<F>(call.x, call.count, call.weight, None, Epilogue::None, to);
@@ -86,9 +85,27 @@ impl CpuStream {
 
     /// 8-bit integers: rows are quantised, then multiplied as whole numbers.
     pub(super) fn linear_int8<T: Scalar>(&mut self, call: LinearCall<'_>) {
-        let (count, inputs) = (call.count, call.weight.inputs);
         let to = stored::<T>(&call);
-        expect(call.x, count * inputs);
+        self.int8::<T>(call.x, call.count, call.weight, call.bias, call.epilogue, to);
+    }
+
+    pub(super) fn logits_int8<T: Scalar>(&mut self, call: Logits<'_>) {
+        expect(call.to, call.count * call.weight.outputs);
+        let to = linear::Output::<T>::Logits(Shared::of(call.to));
+        self.int8::<T>(call.x, call.count, call.weight, None, Epilogue::None, to);
+    }
+
+    fn int8<T: Scalar>(
+        &mut self,
+        x: &Buffer,
+        count: usize,
+        weight: &Linear,
+        bias: Option<&Buffer>,
+        epilogue: Epilogue,
+        to: linear::Output<T>,
+    ) {
+        let inputs = weight.inputs;
+        expect(x, count * inputs);
         let words = factor::words_of_bytes(inputs);
         let isa = self.cpu.isa;
         let form = RowForm::of(isa);
@@ -97,22 +114,22 @@ impl CpuStream {
         scales.resize(scales.len().max(count), 0.0);
         let job = Quantise::<T> {
             // SAFETY: as in `embed_as`.
-            x: unsafe { &slice(call.x)[..count * inputs] },
+            x: unsafe { &slice(x)[..count * inputs] },
             inputs,
             form,
             values: Shared::over(&mut values),
             scales: Shared::over(&mut scales),
         };
         self.cpu.run(count * inputs, &|part, parts| factor::quantise(isa, &job, part, parts));
-        let packed = call.weight.scales.as_ref().expect("packed integers have scales");
+        let packed = weight.scales.as_ref().expect("packed integers have scales");
         let factor = Int8::<T> {
             rows: Int8Rows { values: &values, words, scales: &scales },
-            panels: Shared::of(&call.weight.values),
+            panels: Shared::of(&weight.values),
             scales: Shared::of(packed),
             isa,
             stored: PhantomData,
         };
-        self.cpu.product(factor, count, call.weight, call.bias, call.epilogue, to);
+        self.cpu.product(factor, count, weight, bias, epilogue, to);
         (self.narrow, self.wide) = (values, scales);
     }
 

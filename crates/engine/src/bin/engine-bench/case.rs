@@ -70,8 +70,8 @@ impl Case {
         }
     }
 
-    /// Tokens a second at the machine's limits.
-    pub(crate) fn limit(&self, limits: &Limits) -> f64 {
+    /// Tokens a second at the machine's limits, with weights of that form.
+    pub(crate) fn limit(&self, limits: &Limits, quantization: Quantization) -> f64 {
         let layer = HIDDEN * (QUERIES + 2.0 * KEYS) + QUERIES * HIDDEN + 3.0 * HIDDEN * INNER;
         let tokens = self.tokens() as f64;
         // Tokens that are seen, over all rows; rows with logits; tokens of KV that are read at least once.
@@ -82,10 +82,19 @@ impl Case {
                 (*batch as f64 * middle, *batch as f64, *batch as f64 * middle)
             }
         };
-        let products =
-            2.0 * (LAYERS * layer * tokens + VOCAB * HIDDEN * drawn) + LAYERS * 4.0 * QUERIES * seen;
-        let bytes = 2.0 * (LAYERS * layer + VOCAB * HIDDEN) + LAYERS * 2.0 * 2.0 * KEYS * kv;
-        tokens / (products / limits.products).max(bytes / limits.bytes)
+        // Bytes per weight of layers and head, and what is multiplied with them.
+        let (of_layers, of_head, whole) = match quantization {
+            Quantization::Auto => (2.0, 2.0, false),
+            Quantization::W8a8 => (1.0, 1.0, true),
+            // Four bits, and a scale and an offset in float32 for each 64 inputs; numbers when multiplied.
+            Quantization::Int4 => (0.5 + 8.0 / 64.0, 1.0, false),
+        };
+        let rate = |whole: bool| if whole { limits.whole } else { limits.products };
+        let products = 2.0 * LAYERS * layer * tokens / rate(whole)
+            + 2.0 * VOCAB * HIDDEN * drawn / rate(of_head < 2.0)
+            + LAYERS * 4.0 * QUERIES * seen / limits.products;
+        let bytes = of_layers * LAYERS * layer + of_head * VOCAB * HIDDEN + LAYERS * 2.0 * 2.0 * KEYS * kv;
+        tokens / products.max(bytes / limits.bytes)
     }
 }
 

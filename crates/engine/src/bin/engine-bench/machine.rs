@@ -42,8 +42,10 @@ fn seconds(clock: libc::clockid_t) -> f64 {
 pub(crate) struct Limits {
     /// Bytes read from memory a second.
     pub(crate) bytes: f64,
-    /// Multiplications and additions a second.
+    /// Multiplications and additions a second, of what bf16 is multiplied as.
     pub(crate) products: f64,
+    /// The same of 8-bit integers.
+    pub(crate) whole: f64,
 }
 
 impl Limits {
@@ -65,24 +67,28 @@ impl Limits {
             }
             4.0 * READ_BYTES as f64 / (seconds(libc::CLOCK_THREAD_CPUTIME_ID) - begin)
         });
-        let products = together(&vec![(); threads], |()| {
-            let begin = seconds(libc::CLOCK_THREAD_CPUTIME_ID);
-            let (mut done, mut took) = (0, 0.0);
-            while took < PRODUCTS_FOR.as_secs_f64() {
-                done += limits::products(isa, 100_000);
-                took = seconds(libc::CLOCK_THREAD_CPUTIME_ID) - begin;
-            }
-            done as f64 / took
-        });
-        Ok(Limits { bytes, products })
+        let count = |work: fn(Isa, u64) -> u64| {
+            together(&vec![(); threads], |()| {
+                let begin = seconds(libc::CLOCK_THREAD_CPUTIME_ID);
+                let (mut done, mut took) = (0, 0.0);
+                while took < PRODUCTS_FOR.as_secs_f64() {
+                    done += work(isa, 100_000);
+                    took = seconds(libc::CLOCK_THREAD_CPUTIME_ID) - begin;
+                }
+                done as f64 / took
+            })
+        };
+        let (products, whole) = (count(limits::products), count(limits::whole_products));
+        Ok(Limits { bytes, products, whole })
     }
 
     /// Several measurements as text.
     pub(crate) fn spread(limits: &[Limits]) -> String {
         format!(
-            "memory {} GB/s read, products {} GFLOP/s",
+            "memory {} GB/s read, products {} GFLOP/s, of 8-bit integers {} Gop/s",
             super::spread(limits.iter().map(|limits| limits.bytes / 1e9).collect(), 1),
             super::spread(limits.iter().map(|limits| limits.products / 1e9).collect(), 0),
+            super::spread(limits.iter().map(|limits| limits.whole / 1e9).collect(), 0),
         )
     }
 }

@@ -110,8 +110,8 @@ fn run(options: &Options) -> Result<(), String> {
             let figure = Figure {
                 cpu: rate,
                 wall: tokens / took.wall,
-                share: rate / case.limit(&now),
-                share_of_wall: tokens / took.wall / case.limit(&now),
+                share: rate / case.limit(&now, form),
+                share_of_wall: tokens / took.wall / case.limit(&now, form),
             };
             eprintln!("round {round}: {case}: {:.1} by CPU time, {:.1} by wall", figure.cpu, figure.wall);
             figures.push(figure);
