@@ -298,34 +298,30 @@ fn quantise_body<T: Scalar>(job: &Quantise<'_, T>, part: usize, parts: usize) {
     let words = words_of_bytes(job.inputs);
     for row in count * part / parts..count * (part + 1) / parts {
         let x = &job.x[row * job.inputs..][..job.inputs];
-        let mut largest = 1e-12_f32;
-        let mut finite = true;
-        for value in x {
-            let magnitude = value.load().abs();
-            largest = if magnitude > largest { magnitude } else { largest };
-            finite &= magnitude < f32::INFINITY;
-        }
-        let scale = if finite { largest / 127.0 } else { f32::NAN };
+        // Magnitudes are in the order of their bits; what is not finite has the highest.
+        let magnitude = |value: &T| value.load().to_bits() & 0x7fff_ffff;
+        let largest = x.iter().map(magnitude).max().map_or(0.0, f32::from_bits);
+        let scale = if largest.is_finite() { largest.max(1e-12) / 127.0 } else { f32::NAN };
         // SAFETY: each part has rows of its own.
         let (values, scales) = unsafe {
             let words = words * job.form.words();
             (job.values.part(row * words, words), job.scales.part(row, 1))
         };
         scales[0] = scale;
-        // Of a row that is not finite nothing is kept but the scale.
-        let number = |value: &T| (value.load() / scale).round_ties_even() as i32 as u32;
-        let (whole, rest) = x.as_chunks::<BYTES>();
+        // Adding this leaves the nearest whole number, of two the even one, in the low bits. Of a row that is not finite
+        // nothing counts but the scale.
+        const WHOLE: f32 = 12_582_912.0; // 1.5 * 2^23
+        let number = |value: &T| (value.load() / scale + WHOLE).to_bits();
         if job.form == RowForm::Bytes {
-            let byte = |value: &T| (number(value) as u8).wrapping_add(128);
-            let (words, last) = values.split_at_mut(whole.len());
-            for (to, x) in words.iter_mut().zip(whole) {
-                *to = u32::from_le_bytes(std::array::from_fn(|at| byte(&x[at])));
-            }
-            if let [last] = last {
-                *last = u32::from_le_bytes(std::array::from_fn(|at| rest.get(at).map_or(128, byte)));
+            // SAFETY: words may be written as bytes; they are little-endian on machines with this form.
+            let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), BYTES * words) };
+            bytes[x.len()..].fill(128);
+            for (to, value) in bytes.iter_mut().zip(x) {
+                *to = (number(value) as u8).wrapping_add(128);
             }
             continue;
         }
+        let (whole, rest) = x.as_chunks::<BYTES>();
         let pair = |a: u32, b: u32| a & 0xffff | b << 16;
         let (pairs, last) = values.split_at_mut(2 * whole.len());
         for (to, x) in pairs.as_chunks_mut::<2>().0.iter_mut().zip(whole) {
