@@ -45,7 +45,8 @@ const BENCHES: &[Bench] = &[
         name: "engine",
         what: "tokens per second of the engine on a random checkpoint of Qwen3-0.6B's shape, and what share of\n           \
                the machine's limits that is (--threads N, --rounds N, --only TEXT, --quantization FORM, --quick);\n           \
-               with --quality DIR what quantised weights cost that checkpoint in quality",
+               with --load how long loading takes, with --neighbours what busy neighbours leave of the speed, with\n           \
+               --quality DIR what quantised weights cost that checkpoint in quality",
         parts: &[Part {
             name: "speed",
             build: &["--package=tandem-engine", "--bin=engine-bench", "--features=tandem-engine/bench"],

@@ -1,5 +1,8 @@
 //! A pool of threads that run one job together: fork, fixed parts, join. Waiting spins for some 20 µs and then
 //! parks, because a pool that only spins collapses on a machine shared with others.
+//!
+//! A pool that is as wide as the processors it may use pins its own threads, one to each but the first, which is left
+//! to the caller. A narrower one does not: two workers on one machine would pin themselves to the same processors.
 
 use std::any::Any;
 use std::cell::UnsafeCell;
@@ -51,11 +54,16 @@ impl Pool {
             worker_parked: (1..threads).map(|_| AtomicBool::new(false)).collect(),
         });
         let mut pool = Pool { shared, workers: Vec::new() };
+        let allowed = processors::allowed();
         for part in 1..threads {
             let shared = pool.shared.clone();
-            let worker = std::thread::Builder::new()
-                .name(format!("tandem-cpu-{part}"))
-                .spawn(move || shared.work(part))?;
+            let own = (allowed.len() == threads).then(|| allowed[part]);
+            let worker = std::thread::Builder::new().name(format!("tandem-cpu-{part}")).spawn(move || {
+                if let Some(own) = own {
+                    processors::pin(own);
+                }
+                shared.work(part);
+            })?;
             pool.workers.push(worker);
         }
         Ok(pool)
@@ -143,6 +151,41 @@ impl Shared {
     }
 }
 
+#[cfg(target_os = "linux")]
+mod processors {
+    /// The processors that this thread may run on, in order; none where the system does not say.
+    pub(super) fn allowed() -> Vec<usize> {
+        // SAFETY: a set of bits; all zero is the empty one.
+        let mut set: libc::cpu_set_t = unsafe { std::mem::zeroed() };
+        // SAFETY: 0 is the calling thread, and the set is as long as that.
+        let status = unsafe { libc::sched_getaffinity(0, size_of_val(&set), &raw mut set) };
+        if status != 0 {
+            return Vec::new();
+        }
+        // SAFETY: the index is below the set's size.
+        (0..libc::CPU_SETSIZE as usize).filter(|at| unsafe { libc::CPU_ISSET(*at, &set) }).collect()
+    }
+
+    /// Keeps the calling thread on one processor. Only its speed depends on that, so a refusal changes nothing.
+    pub(super) fn pin(processor: usize) {
+        // SAFETY: as in `allowed`; the processor came from there.
+        unsafe {
+            let mut set: libc::cpu_set_t = std::mem::zeroed();
+            libc::CPU_SET(processor, &mut set);
+            libc::sched_setaffinity(0, size_of_val(&set), &raw const set);
+        }
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod processors {
+    pub(super) fn allowed() -> Vec<usize> {
+        Vec::new()
+    }
+
+    pub(super) fn pin(_: usize) {}
+}
+
 /// Spins, then parks until `done`. The flag is set before the last look at `done`; whoever makes it true looks at
 /// the flag afterwards: one of the two sees the other.
 fn wait(parked: &AtomicBool, done: impl Fn() -> bool) {
@@ -174,6 +217,24 @@ mod tests {
                 });
             }
             assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 2000));
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn only_a_pool_as_wide_as_its_processors_pins_its_threads_each_to_one_of_its_own() {
+        let allowed = processors::allowed();
+        assert!(!allowed.is_empty());
+        for threads in [allowed.len(), allowed.len() + 1] {
+            let mut pool = Pool::new(threads).unwrap();
+            let seen: Vec<std::sync::Mutex<Vec<usize>>> = (0..threads).map(|_| Default::default()).collect();
+            pool.run(&|part| *seen[part].lock().unwrap() = processors::allowed());
+            let seen: Vec<Vec<usize>> = seen.into_iter().map(|seen| seen.into_inner().unwrap()).collect();
+            assert_eq!(seen[0], allowed, "the caller stays free");
+            for (part, seen) in seen.iter().enumerate().skip(1) {
+                let own = if threads == allowed.len() { vec![allowed[part]] } else { allowed.clone() };
+                assert_eq!(*seen, own, "part {part} of {threads}");
+            }
         }
     }
 

@@ -5,8 +5,9 @@
 //! taken within a round. A limit is what the case's bytes take at the rate of reading memory, or its products at the
 //! rate of the instruction set in use, whichever is longer.
 //!
-//! With `--load` it reports instead how long loading takes and what memory it leaves in use; with `--quality DIR`, which
-//! can be given several times, how far quantised weights of that checkpoint stray from bf16.
+//! With `--load` it reports instead how long loading takes and what memory it leaves in use; with `--neighbours` what is
+//! left of its speed beside a busy process per thread; with `--quality DIR`, which can be given several times, how far
+//! quantised weights of that checkpoint stray from bf16.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -14,6 +15,7 @@ use std::process::ExitCode;
 mod case;
 mod load;
 mod machine;
+mod neighbours;
 mod quality;
 
 use case::{Case, Subject};
@@ -29,12 +31,17 @@ struct Options {
     quantization: Quantization,
     /// Measure loading instead.
     load: bool,
+    /// Measure beside busy processes instead.
+    neighbours: bool,
     /// Checkpoints whose quality under quantisation is asked for.
     quality: Vec<PathBuf>,
 }
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments == [neighbours::BUSY] {
+        neighbours::be_busy();
+    }
     match options(&arguments).and_then(|options| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(sentence) => {
@@ -52,6 +59,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         only: String::new(),
         quantization: Quantization::Auto,
         load: false,
+        neighbours: false,
         quality: Vec::new(),
     };
     let mut arguments = arguments.iter();
@@ -63,6 +71,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         match argument.as_str() {
             "--quick" => options.rounds = 1,
             "--load" => options.load = true,
+            "--neighbours" => options.neighbours = true,
             "--threads" => options.threads = number()?,
             "--rounds" => options.rounds = number()?,
             "--only" => options.only = arguments.next().ok_or("--only needs a text")?.clone(),
@@ -73,7 +82,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
             wrong => {
                 return Err(format!(
                     "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT, --quantization \
-                     FORM, --load, --quality DIR and --quick"
+                     FORM, --load, --neighbours, --quality DIR and --quick"
                 ));
             }
         }
@@ -95,6 +104,9 @@ fn run(options: &Options) -> Result<(), String> {
     if cases.is_empty() {
         let names: Vec<String> = Case::all().iter().map(Case::to_string).collect();
         return Err(format!("no case has {:?} in its name; there are {}", options.only, names.join(", ")));
+    }
+    if options.neighbours {
+        return neighbours::report(options.threads, options.rounds, options.quantization);
     }
     let mut subject = Subject::load(options.threads, &cases, options.quantization)?;
     let (kernel, form) = (subject.kernel(), options.quantization);
