@@ -10,7 +10,8 @@ use tandem_device::Int4Row;
 /// Inputs that share a scale and a zero point in [`Quantization::Int4`].
 pub(crate) const INT4_GROUP: usize = 64;
 
-/// How the matrices of a model's layers are held. Embedding, head, norms and biases stay numbers.
+/// How the matrices of a model's layers are held. Embedding, norms and biases stay numbers; where the layers are made
+/// at load, so is the head, in 8 bits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Quantization {
