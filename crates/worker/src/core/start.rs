@@ -185,6 +185,7 @@ impl Core {
             },
             arrived: Time(now.0.saturating_sub(waited.as_nanos() as u64)),
             seed: chain_seed(&constants.identity, constants.strict, &start.salt, &start.adapter),
+            score: None,
         };
         let key = LegKey {
             request: RequestId(request),

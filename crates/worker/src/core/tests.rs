@@ -102,6 +102,7 @@ fn outcome(plan: &Plan, token: u32) -> Outcome {
         slot: row.slot,
         count: row.count,
         sampled: row.sample.then(|| Sampled { token, ..Sampled::default() }),
+        scored: Vec::new(),
     });
     Outcome { id: plan.id, rows: rows.collect(), took: Duration::ZERO }
 }
