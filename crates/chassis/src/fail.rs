@@ -27,6 +27,7 @@ pub const POINTS: &[(&str, &str)] = &[
     ("session.beat", "router to worker: alive"),
     ("frame.granted", "worker to router: a frame with a grant"),
     ("frame.delta", "worker to router: a frame with tokens"),
+    ("frame.scored", "worker to router: a frame with scores of a prompt"),
     ("frame.finished", "worker to router: a frame with a finished answer"),
     ("frame.released", "worker to router: a frame with a release"),
     ("frame.refused", "worker to router: a frame with a refusal"),

@@ -20,8 +20,7 @@ impl Core {
                         self.kv.progress(*lease, tokens);
                     }
                 }
-                // Nobody asks for them yet.
-                Event::Scored { .. } => {}
+                Event::Scored { id, position, scores } => self.push_scores(id, position, &scores),
                 Event::Token { id, position, sampled } => {
                     let Some(leg) = self.legs.get_mut(&id) else { continue };
                     let first = leg.first_token_at.replace(leg.first_token_at.unwrap_or(now)).is_none();

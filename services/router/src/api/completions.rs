@@ -24,6 +24,8 @@ use crate::text::Model;
 
 /// Prompts of a request at most.
 const PROMPTS_MAX: usize = 256;
+/// Tokens of all prompts of a request that may be scored: each has a place in an answer of some hundred bytes.
+const SCORED_MAX: usize = 1 << 20;
 /// What OpenAI's endpoint draws where nothing is said.
 const MAX_TOKENS: u32 = 16;
 
@@ -74,6 +76,14 @@ pub(super) fn read(body: Bytes, model: &Model) -> Result<Read, ApiError> {
     drop(fields);
     drop(body);
     let prompts = given.iter().map(|given| given.encode(model)).collect::<Result<Vec<_>, _>>()?;
+    let scored = prompts.iter().map(|prompt| prompt.len()).sum::<usize>();
+    if echo && parameters.logprobs.is_some() && scored > SCORED_MAX {
+        let message = format!(
+            "echo with logprobs may score {SCORED_MAX} tokens in a request, and the prompts have {scored}; send them \
+             in several requests"
+        );
+        return Err(ApiError::invalid("prompt", message));
+    }
     let texts = given.into_iter().zip(&prompts).map(|(given, ids)| given.text(ids, model));
     let echo = echo.then(|| texts.collect());
     if parameters.max_tokens.is_none() {
