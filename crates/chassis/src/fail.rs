@@ -27,7 +27,6 @@ pub const POINTS: &[(&str, &str)] = &[
     ("session.beat", "router to worker: alive"),
     ("frame.granted", "worker to router: a frame with a grant"),
     ("frame.delta", "worker to router: a frame with tokens"),
-    ("frame.scored", "worker to router: a frame with scores of a prompt"),
     ("frame.finished", "worker to router: a frame with a finished answer"),
     ("frame.released", "worker to router: a frame with a release"),
     ("frame.refused", "worker to router: a frame with a refusal"),
@@ -52,6 +51,8 @@ pub const POINTS: &[(&str, &str)] = &[
     ("lend.reply", "holder to borrower: a handle to them"),
     ("engine.submit", "step loop to engine: compute this"),
     ("engine.collect", "engine to step loop: what came of it"),
+    // Behind all others, so that the numbers of cases stand for the same faults as before it was there.
+    ("frame.scored", "worker to router: a frame with scores of a prompt"),
 ];
 
 /// What every deliberate panic says first, so that it is told from others.
