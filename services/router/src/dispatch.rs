@@ -417,7 +417,7 @@ impl Course {
                         return Round::Again(Again::new(Some(prefill.worker().clone()), true, why));
                     };
                     self.computed_at(prefill.worker());
-                    let grant = Grant { prefill, granted_as, handle };
+                    let grant = Grant { prefill, granted_as, handle: *handle };
                     return self.decode(grant, delta, decode).await;
                 }
                 // It followed to the end before the prefill worker's own word came.

@@ -38,8 +38,6 @@ const PAUSE_AT: usize = 512;
 
 /// What a leg hears from its worker. The last one is `Finished`, `Released`, `Refused`, `Preempted`, `Failed`
 /// or `Lost`.
-// Only a grant is large, once per request; deltas would pay for a box each.
-#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub(crate) enum LegEvent {
     /// From the worker.

@@ -87,7 +87,7 @@ impl Worker {
             Output::Event { event: Event::Granted(granted), .. } => granted.handle,
             _ => None,
         });
-        Handle::try_from(&found.expect("a grant")).expect("a handle")
+        Handle::try_from(&*found.expect("a grant")).expect("a handle")
     }
 
     fn assert_idle(&self) {
