@@ -127,14 +127,14 @@ impl Batcher {
         now: Time,
     ) -> Option<(Table, u32)> {
         let sequence = &self.sequences[&id];
-        let (hashes, known) = (sequence.chain.hashes(), sequence.known());
+        let (hashes, known) = (sequence.reusable(), sequence.known());
         let grows = if sequence.spec.until == Until::FirstToken { 0 } else { self.draws_left(sequence) };
         if !self.leaves_room(kv, known, kv.cached_prefix(hashes, known), grows) {
             return None;
         }
         loop {
             let sequence = &self.sequences[&id];
-            if let Ok(opened) = kv.open(sequence.chain.hashes(), sequence.known(), room, now) {
+            if let Ok(opened) = kv.open(sequence.reusable(), sequence.known(), room, now) {
                 return Some(opened);
             }
             if !self.graveyard.is_empty() {
@@ -272,12 +272,14 @@ impl Batcher {
         let blocks = tandem_types::blocks_for(end) as usize;
         let groups = table.groups();
         let pages = (0..groups).map(|g| table.pages(g)[..blocks].iter().map(|p| p.page).collect());
-        plan.rows.push(Row { slot, start, count, input, pages: pages.collect(), sample });
+        let score = sequence.score(start, end);
+        let scores = score.as_ref().map(|score| (score.first, score.targets.len()));
+        plan.rows.push(Row { slot, start, count, input, pages: pages.collect(), sample, score });
         sequence.submitted = end;
         sequence.draws_in_flight += u32::from(sample);
         sequence.draws += u32::from(sample);
         sequence.last_plan = Some(plan.id);
-        FlightRow { id, slot, end, sample }
+        FlightRow { id, slot, end, sample, scores }
     }
 
     /// While every sequence decodes, its next tokens go into the pages it has named, and nobody is at its end.

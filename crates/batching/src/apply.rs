@@ -76,6 +76,12 @@ impl Batcher {
         let table = sequence.table.as_mut().expect("sequences in flight have pages");
         kv.publish(table, sequence.chain.hashes(), sequence.computed);
         self.events.push(Event::Computed { id, tokens: sequence.computed });
+        if let Some((position, count)) = row.scores {
+            if result.scored.len() < count {
+                return self.leave(id, row.slot, Event::Failed { id }, kv, now);
+            }
+            self.events.push(Event::Scored { id, position, scores: result.scored });
+        }
         if !row.sample {
             return;
         }

@@ -49,6 +49,15 @@ pub enum Event {
         /// Confirmed tokens.
         tokens: u32,
     },
+    /// Tokens of its prompt were scored; before its first token, in order, each once.
+    Scored {
+        /// Whose.
+        id: SequenceId,
+        /// The position of the first.
+        position: u32,
+        /// The tokens with their log probabilities.
+        scores: Vec<Sampled>,
+    },
     /// A token was drawn.
     Token {
         /// Whose.
@@ -97,6 +106,8 @@ pub(crate) struct FlightRow {
     pub(crate) slot: u32,
     pub(crate) end: u32,
     pub(crate) sample: bool,
+    /// Position of the first token it scores, and how many.
+    pub(crate) scores: Option<(u32, usize)>,
 }
 
 /// Decides what each step computes.
@@ -195,13 +206,15 @@ impl Batcher {
     /// With nothing left to draw it ends by `Length` in the next plan.
     ///
     /// # Panics
-    /// If its id is in use, it has no tokens, or all of them are computed.
+    /// If its id is in use, it has no tokens, all of them are computed, or some that are computed are to be scored.
     pub fn add(&mut self, spec: SequenceSpec, origin: Origin) {
         let mut sequence = Sequence::new(spec);
         assert!(sequence.known() > 0, "a sequence has tokens");
         if let Origin::Computed { table, computed } = origin {
             assert!(computed < sequence.known(), "a token without KV is known");
             assert!(table.room() >= computed, "computed tokens are in the table");
+            let scored = sequence.spec.score.is_some_and(|score| computed >= score.from);
+            assert!(!scored, "what is computed elsewhere cannot be scored here");
             sequence.table = Some(table);
             sequence.computed = computed;
             sequence.submitted = computed;

@@ -21,5 +21,5 @@ mod sequence;
 
 pub use apply::Completing;
 pub use batcher::{Backlog, Batcher, Config, Event};
-pub use plan::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
-pub use sequence::{Origin, SequenceId, SequenceSpec, Target};
+pub use plan::{Input, Outcome, Plan, Row, RowOutcome, Score, SlotOpen};
+pub use sequence::{Origin, Scoring, SequenceId, SequenceSpec, Target};

@@ -53,6 +53,20 @@ pub struct Row {
     pub pages: Vec<Vec<u32>>,
     /// Whether to draw the token that follows position `start + count - 1`.
     pub sample: bool,
+    /// Tokens of the prompt whose log probabilities are wanted.
+    pub score: Option<Score>,
+}
+
+/// Tokens of a prompt to score: how likely each was after all before it, by the raw logits of the position before.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Score {
+    /// Position of the first; the row computes the one before it.
+    pub first: u32,
+    /// The tokens, one position after the other, at least one. The last follows a position of the row too, so it
+    /// may be the first of the next chunk.
+    pub targets: Vec<TokenId>,
+    /// How many of the likeliest tokens are wanted beside each.
+    pub top: u32,
 }
 
 /// Where a row's tokens come from.
@@ -84,4 +98,7 @@ pub struct RowOutcome {
     pub count: u32,
     /// The token drawn. Missing where the row should have drawn one: its logits were not finite.
     pub sampled: Option<Sampled>,
+    /// Each of the row's targets with its log probability and the likeliest tokens. Fewer than there are targets
+    /// where logits were not finite.
+    pub scored: Vec<Sampled>,
 }

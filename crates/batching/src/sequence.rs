@@ -1,9 +1,11 @@
 //! A sequence: what is known, computed and submitted of it.
 
+use crate::Score;
 use crate::pace::Prompt;
 use tandem_kv_cache::{ChainSeed, HashChain, Table};
 use tandem_types::{
-    BLOCK_TOKENS, Choice, FinishReason, SamplingParams, ServiceClass, StopRules, Time, TokenId, Until, Usage,
+    BLOCK_TOKENS, BlockHash, Choice, FinishReason, SamplingParams, ServiceClass, StopRules, Time, TokenId,
+    Until, Usage,
 };
 
 /// Names a sequence in a batcher. Given by the caller, unique.
@@ -33,6 +35,17 @@ pub struct SequenceSpec {
     pub arrived: Time,
     /// Where its block hashes start.
     pub seed: ChainSeed,
+    /// What of the prompt is to be scored.
+    pub score: Option<Scoring>,
+}
+
+/// The prompt's tokens from a position on are to be scored: how likely each was after all before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Scoring {
+    /// The first position, at least 1: nothing stands before position 0.
+    pub from: u32,
+    /// How many of the likeliest tokens are wanted beside each.
+    pub top: u32,
 }
 
 /// When a sequence's tokens are due.
@@ -91,7 +104,9 @@ pub(crate) struct Sequence {
 }
 
 impl Sequence {
-    pub(crate) fn new(spec: SequenceSpec) -> Sequence {
+    pub(crate) fn new(mut spec: SequenceSpec) -> Sequence {
+        let from = |score: Scoring| Scoring { from: score.from.max(1), ..score };
+        spec.score = spec.score.map(from).filter(|score| score.from < spec.prompt_tokens);
         let mut chain = HashChain::new(spec.seed);
         chain.extend(&spec.tokens);
         Sequence {
@@ -135,6 +150,23 @@ impl Sequence {
 
     pub(crate) fn known(&self) -> u32 {
         self.spec.tokens.len() as u32
+    }
+
+    /// The blocks that may come from the prefix cache: a token is scored where the position before it is computed.
+    pub(crate) fn reusable(&self) -> &[BlockHash] {
+        let hashes = self.chain.hashes();
+        let blocks = self.spec.score.map_or(usize::MAX, |score| ((score.from - 1) / BLOCK_TOKENS) as usize);
+        &hashes[..hashes.len().min(blocks)]
+    }
+
+    /// What a row that computes the positions from `start` to before `end` scores.
+    pub(crate) fn score(&self, start: u32, end: u32) -> Option<Score> {
+        let Scoring { from, top } = self.spec.score?;
+        let first = from.max(start + 1);
+        let last = (end + 1).min(self.spec.prompt_tokens);
+        let targets =
+            self.spec.tokens.get(first as usize..last as usize).filter(|targets| !targets.is_empty())?;
+        Some(Score { first, targets: targets.to_vec(), top })
     }
 
     /// Tokens that are known or will be when everything in flight is collected.

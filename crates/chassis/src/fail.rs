@@ -51,6 +51,8 @@ pub const POINTS: &[(&str, &str)] = &[
     ("lend.reply", "holder to borrower: a handle to them"),
     ("engine.submit", "step loop to engine: compute this"),
     ("engine.collect", "engine to step loop: what came of it"),
+    // Behind all others, so that the numbers of cases stand for the same faults as before it was there.
+    ("frame.scored", "worker to router: a frame with scores of a prompt"),
 ];
 
 /// What every deliberate panic says first, so that it is told from others.

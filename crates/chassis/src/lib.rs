@@ -20,5 +20,5 @@ mod tasks;
 pub mod telemetry;
 
 pub use drain::Shutdown;
-pub use process::{ProcessFacts, process_facts, raise_open_files};
+pub use process::{ProcessFacts, forgo_huge_pages, process_facts, raise_open_files};
 pub use tasks::Tasks;

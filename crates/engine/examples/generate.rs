@@ -26,7 +26,7 @@ pub(crate) fn generate(dir: &Path, prompt: &[TokenId], new: u32) -> Result<Vec<T
     let (mut start, mut count, mut input) = (0, prompt_tokens, Input::Known(prompt.to_vec()));
     while output.len() < new as usize {
         let pages = vec![(0..blocks_for(start + count)).collect()];
-        let row = Row { slot: 0, start, count, input, pages, sample: true };
+        let row = Row { slot: 0, start, count, input, pages, sample: true, score: None };
         let (id, open) = (output.len() as u64, std::mem::take(&mut open));
         engine.submit(Plan { id, open, close: vec![], rows: vec![row], same_shape_steps: 1 }, Time::ZERO);
         let outcome = engine.collect(Time::ZERO).ok_or("the CPU is done when submit returns")??;

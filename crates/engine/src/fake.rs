@@ -2,7 +2,7 @@
 //!
 //! It writes one word per token into its real KV pages and draws the next token from the words that it *reads
 //! back*, their positions and the seed. So torn, swapped or stale KV changes the output, and [`oracle`] can say
-//! every token from the prompt alone.
+//! every token from the prompt alone, [`oracle_scores`] how likely the prompt's own tokens are.
 
 mod ordinary;
 mod spec;
@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tandem_batching::{Input, Outcome, Plan, Row, RowOutcome, SlotOpen};
+use tandem_batching::{Input, Outcome, Plan, Row, RowOutcome, Score, SlotOpen};
 use tandem_memory::Region;
 use tandem_models::{KvKind, KvSpec};
 use tandem_types::{BLOCK_TOKENS, Choice, KvForm, KvIdentity, Sampled, SamplingParams, Time, TokenId};
@@ -24,6 +24,9 @@ pub use spec::{Curve, FakeSpec};
 
 /// Longest sequence of a fake engine, in tokens.
 pub const CONTEXT_TOKENS: u32 = 1 << 22;
+
+/// As many of the likeliest tokens come with a score at most.
+const TOP_LOGPROBS_MAX: u32 = tandem_device::TOP_LOGPROBS_MAX as u32;
 
 /// Bytes of a token's word.
 const WORD: u64 = 8;
@@ -59,6 +62,19 @@ pub fn oracle(
         drawn.push(token);
     }
     drawn
+}
+
+/// The prompt's tokens from the second on, with their log probabilities and the `top` likeliest at each position.
+pub fn oracle_scores(ordinary: &Ordinary, prompt: &[TokenId], top: u32) -> Vec<Sampled> {
+    let mut fold = Fold::default();
+    let mut scored = Vec::with_capacity(prompt.len());
+    for (position, &token) in (0..).zip(prompt) {
+        if position > 0 {
+            scored.push(score(ordinary, fold, position, token, top));
+        }
+        fold.add(word(token, position));
+    }
+    scored
 }
 
 /// The word of a token at a position.
@@ -115,6 +131,20 @@ fn draw(
     let likely = |(rank, token)| (token, first - rank as f32 * std::f32::consts::LN_2);
     let top = tokens.into_iter().take(top as usize).enumerate().map(likely).collect();
     Sampled { token, logprob: Some(first), top }
+}
+
+/// What a token that stands at a position has for a score: that of the greedy draw where this could have reported it,
+/// and less likely the less it has to do with it.
+fn score(ordinary: &Ordinary, fold: Fold, position: u32, token: TokenId, top: u32) -> Sampled {
+    let greedy = SamplingParams { logprobs: Some(TOP_LOGPROBS_MAX), ..SamplingParams::default() };
+    let mut drawn = draw(ordinary, fold, position, &greedy, Choice(0), &[]);
+    let known = drawn.top.iter().find(|(other, _)| *other == token).map(|(_, logprob)| *logprob);
+    let logprob = known.or(drawn.logprob.map(|first| {
+        let rank = TOP_LOGPROBS_MAX as u64 + mix(fold.0 ^ u64::from(token)) % 100;
+        first - rank as f32 * std::f32::consts::LN_2
+    }));
+    drawn.top.truncate(top as usize);
+    Sampled { token, logprob, top: drawn.top }
 }
 
 struct Slot {
@@ -215,23 +245,43 @@ impl Fake {
             let bytes = unsafe { self.region.slice_mut(at, WORD as usize) };
             bytes.copy_from_slice(&word(token, position).to_le_bytes());
         }
+        let scored = row.score.as_ref().map(|wanted| self.score(row, wanted)).unwrap_or_default();
         let sampled = row.sample.then(|| self.sample(row));
-        RowOutcome { slot: row.slot, count: row.count, sampled }
+        RowOutcome { slot: row.slot, count: row.count, sampled, scored }
+    }
+
+    /// The sequence's words up to the row's end, read back from its pages.
+    fn words<'a>(&'a self, row: &'a Row) -> impl Iterator<Item = u64> + 'a {
+        let end = row.start + row.count;
+        row.pages[0].iter().enumerate().flat_map(move |(block, &page)| {
+            let rows = (end - (block as u32 * BLOCK_TOKENS).min(end)).min(BLOCK_TOKENS) as usize;
+            let at = self.page_offset(0, page) as usize;
+            // SAFETY: nobody writes to pages of a plan in flight but the engine, which is here.
+            let bytes = unsafe { self.region.slice(at, rows * WORD as usize) };
+            let words = bytes.chunks_exact(WORD as usize);
+            words.map(|word| u64::from_le_bytes(word.try_into().expect("eight bytes")))
+        })
+    }
+
+    /// Scores tokens by all words before them.
+    fn score(&self, row: &Row, wanted: &Score) -> Vec<Sampled> {
+        let mut words = self.words(row);
+        let mut fold = Fold::default();
+        words.by_ref().take(wanted.first as usize).for_each(|word| fold.add(word));
+        let targets = (wanted.first..).zip(&wanted.targets);
+        let scored = targets.map(|(position, &token)| {
+            let scored = score(&self.ordinary, fold, position, token, wanted.top);
+            words.next().into_iter().for_each(|word| fold.add(word));
+            scored
+        });
+        scored.collect()
     }
 
     /// Reads every word of the sequence back and draws what follows from them.
     fn sample(&mut self, row: &Row) -> Sampled {
         let end = row.start + row.count;
         let mut fold = Fold::default();
-        for (block, &page) in row.pages[0].iter().enumerate() {
-            let rows = (end - (block as u32 * BLOCK_TOKENS).min(end)).min(BLOCK_TOKENS) as usize;
-            let at = self.page_offset(0, page) as usize;
-            // SAFETY: nobody writes to pages of a plan in flight but the engine, which is here.
-            let bytes = unsafe { self.region.slice(at, rows * WORD as usize) };
-            for word in bytes.chunks_exact(WORD as usize) {
-                fold.add(u64::from_le_bytes(word.try_into().expect("eight bytes")));
-            }
-        }
+        self.words(row).for_each(|word| fold.add(word));
         let slot = self.slots.get_mut(&row.slot).expect("rows name open slots");
         let open = &slot.open;
         let output = end.saturating_sub(open.prompt_tokens);

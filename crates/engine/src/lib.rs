@@ -26,6 +26,7 @@ mod quantise;
 #[cfg(feature = "bench")]
 pub mod random_checkpoint;
 mod runner;
+mod score;
 mod slots;
 mod step;
 mod weights;
@@ -53,7 +54,9 @@ pub trait Engine: Send {
     /// Starts a step. At most `facts().depth + 1` may be in flight.
     ///
     /// Rows whose `sample` is true draw a token; a row of the outcome that should have drawn one and holds
-    /// none met logits that are not finite: that sequence cannot go on, the others can.
+    /// none met logits that are not finite: that sequence cannot go on, the others can. A row that scores tokens of
+    /// its prompt brings one score per target, or fewer where it met such logits. Logits are there for a few dozen
+    /// rows at a time, however long the chunk.
     fn submit(&mut self, plan: Plan, now: Time);
 
     /// The oldest step in flight, if it is done. An error fails the whole step: nothing it wrote counts.

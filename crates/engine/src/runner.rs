@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tandem_batching::{Outcome, Plan, Row, RowOutcome};
+use tandem_batching::{Outcome, Plan, Row, RowOutcome, Score};
 use tandem_device::{
     Buffer, Device, Download, Element, Error, HEAD_WIDTH_MAX, KvPages, Penalties, SampleCall, Stream,
 };
@@ -15,6 +15,7 @@ use tandem_types::{BLOCK_TOKENS, KvForm, KvIdentity, Sampled, Time, TokenId};
 
 use crate::decoder::Decoder;
 use crate::estimate::Estimate;
+use crate::score::{self, Scorer};
 use crate::slots::Slots;
 use crate::step::{self, Limits, Packed, StepBuffers};
 use crate::{Dtype, Engine, Facts, LoadError, Options, StepError, weights};
@@ -32,6 +33,7 @@ pub struct DecoderEngine {
     slots: Slots,
     packed: Packed,
     draws: DrawBuffers,
+    scorer: Scorer,
     submitted: VecDeque<Submitted>,
     estimate: Estimate,
 }
@@ -39,11 +41,42 @@ pub struct DecoderEngine {
 /// A step in flight.
 struct Submitted {
     plan: u64,
-    /// Slot, token rows and what is drawn, per row of the plan.
-    rows: Vec<(u32, u32, Option<Wanted>)>,
+    rows: Vec<SubmittedRow>,
     tokens: usize,
     at: Time,
-    result: Result<Option<Box<dyn Download>>, String>,
+    result: Result<Results, String>,
+}
+
+/// A row of a step in flight.
+struct SubmittedRow {
+    slot: u32,
+    count: u32,
+    /// What is drawn.
+    wanted: Option<Wanted>,
+    /// What is scored.
+    score: Option<Score>,
+}
+
+/// What a step brings to the host: a row of [`SampleCall::WORDS`] per draw, and one per target of a score.
+#[derive(Default)]
+struct Results {
+    drawn: Option<Box<dyn Download>>,
+    scored: Option<Box<dyn Download>>,
+}
+
+impl Results {
+    fn ready(&self) -> bool {
+        [&self.drawn, &self.scored].into_iter().flatten().all(|download| download.ready())
+    }
+
+    /// The rows of both, waited for.
+    fn take(self) -> Result<[Vec<u32>; 2], Error> {
+        let words = |download: Option<Box<dyn Download>>| -> Result<Vec<u32>, Error> {
+            let bytes = download.map_or(Ok(Vec::new()), Download::take)?;
+            Ok(bytes.as_chunks::<4>().0.iter().map(|bytes| u32::from_ne_bytes(*bytes)).collect())
+        };
+        Ok([words(self.drawn)?, words(self.scored)?])
+    }
 }
 
 /// What a drawn token comes with.
@@ -159,6 +192,7 @@ impl DecoderEngine {
             slots,
             packed: Packed::default(),
             draws,
+            scorer: Scorer::default(),
             submitted: VecDeque::new(),
             estimate: Estimate::new(elements),
             device,
@@ -166,12 +200,12 @@ impl DecoderEngine {
     }
 
     /// Does a plan's work as far as the host can; what comes back arrives when the device has done it.
-    fn start(&mut self, plan: &Plan) -> Result<Option<Box<dyn Download>>, String> {
+    fn start(&mut self, plan: &Plan) -> Result<Results, String> {
         step::check(plan, &self.slots, self.limits)?;
         self.queue(plan).map_err(|error| error.to_string())
     }
 
-    fn queue(&mut self, plan: &Plan) -> Result<Option<Box<dyn Download>>, Error> {
+    fn queue(&mut self, plan: &Plan) -> Result<Results, Error> {
         let (device, stream) = (&*self.device, &mut *self.stream);
         for slot in &plan.close {
             self.slots.close(*slot);
@@ -180,18 +214,23 @@ impl DecoderEngine {
             self.slots.open(slot, device, stream)?;
         }
         if plan.rows.is_empty() {
-            return Ok(None);
+            return Ok(Results::default());
         }
         let step = self.packed.upload(plan, &self.slots, self.limits.groups, device, stream)?;
         self.decoder.run(stream, &step, self.slots.previous())?;
-        if step.draws == 0 {
-            return Ok(None);
+        let mut results = Results::default();
+        if step.targets.count > 0 {
+            let element = self.draws.normed.element();
+            results.scored =
+                Some(self.scorer.score(&step.targets, &self.decoder, element, device, stream)?);
         }
-        let drawn = self.draw(&step)?;
+        if step.draws > 0 {
+            results.drawn = Some(self.draw(&step)?);
+        }
         for row in plan.rows.iter().filter(|row| row.sample) {
             self.slots.draws(row.slot);
         }
-        Ok(Some(drawn))
+        Ok(results)
     }
 
     /// From hidden rows to drawn tokens.
@@ -248,6 +287,7 @@ impl DecoderEngine {
         let mut plan = plan.clone();
         for row in &mut plan.rows {
             row.sample = false;
+            row.score = None;
         }
         self.start(&plan).map_err(failed)?;
         self.rows_as_logits(plan.rows.iter().map(|row| row.count).sum())
@@ -291,40 +331,39 @@ impl Engine for DecoderEngine {
             self.facts.depth
         );
         let result = self.start(&plan);
-        let rows: Vec<_> = plan.rows.iter().map(|row| (row.slot, row.count, self.wanted(row))).collect();
-        let tokens = rows.iter().map(|(_, count, _)| *count as usize).sum();
+        let rows = plan.rows.into_iter().map(|row| {
+            let wanted = self.wanted(&row);
+            SubmittedRow { slot: row.slot, count: row.count, wanted, score: row.score }
+        });
+        let rows: Vec<_> = rows.collect();
+        let tokens = rows.iter().map(|row| row.count as usize).sum();
         self.submitted.push_back(Submitted { plan: plan.id, rows, tokens, at: now, result });
     }
 
     fn collect(&mut self, now: Time) -> Option<Result<Outcome, StepError>> {
         let oldest = self.submitted.front()?;
-        if matches!(&oldest.result, Ok(Some(download)) if !download.ready()) {
+        if matches!(&oldest.result, Ok(results) if !results.ready()) {
             return None;
         }
         let Submitted { plan, rows, tokens, at, result } = self.submitted.pop_front()?;
         let failed = |reason| StepError { plan, reason };
-        let words = match result {
-            Err(reason) => return Some(Err(failed(reason))),
-            Ok(None) => Vec::new(),
-            Ok(Some(download)) => match download.take() {
-                Err(error) => return Some(Err(failed(error.to_string()))),
-                Ok(bytes) => {
-                    bytes.as_chunks::<4>().0.iter().map(|bytes| u32::from_ne_bytes(*bytes)).collect()
-                }
-            },
-        };
+        let [drawn, scored] =
+            match result.and_then(|results| results.take().map_err(|error| error.to_string())) {
+                Err(reason) => return Some(Err(failed(reason))),
+                Ok(words) => words,
+            };
         let took = now.since(at);
         self.estimate.observe(tokens, took);
-        let mut drawn = words.chunks_exact(SampleCall::WORDS);
-        let rows = rows
-            .into_iter()
-            .map(|(slot, count, wanted)| RowOutcome {
-                slot,
-                count,
-                sampled: wanted.and_then(|wanted| sampled(drawn.next()?, wanted)),
-            })
-            .collect();
-        Some(Ok(Outcome { id: plan, rows, took }))
+        let mut drawn = drawn.chunks_exact(SampleCall::WORDS);
+        let mut scored = scored.chunks_exact(SampleCall::WORDS);
+        let vocab = self.decoder.vocab();
+        let rows = rows.into_iter().map(|SubmittedRow { slot, count, wanted, score }| RowOutcome {
+            slot,
+            count,
+            sampled: wanted.and_then(|wanted| sampled(drawn.next()?, wanted)),
+            scored: score.map(|score| score::scores(&score, vocab, &mut scored)).unwrap_or_default(),
+        });
+        Some(Ok(Outcome { id: plan, rows: rows.collect(), took }))
     }
 
     fn in_flight(&self) -> usize {

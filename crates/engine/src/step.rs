@@ -1,9 +1,10 @@
 //! From a plan to the arrays of a step: checked, then packed into one buffer that goes to the device in one copy.
 
-use tandem_batching::{Input, Plan, Row};
+use tandem_batching::{Input, Plan, Row, Score};
 use tandem_device::{Buffer, Device, Edits, Element, Error, SampleRow, Sequences, Stream, TOKEN_PREVIOUS};
 use tandem_types::blocks_for;
 
+use crate::score::{TargetRanges, Targets};
 use crate::slots::Slots;
 
 /// What a plan may name.
@@ -71,6 +72,18 @@ fn check_row(plan: &Plan, row: &Row, slots: &Slots, limits: Limits) -> Result<()
     if row.sample && end < prompt_tokens {
         return Err("draws a token inside the prompt".to_owned());
     }
+    if let Some(Score { first, targets, .. }) = &row.score {
+        if targets.is_empty() {
+            return Err("scores no token".to_owned());
+        }
+        let last = u64::from(*first) + targets.len() as u64 - 1;
+        if *first <= row.start || last > u64::from(end) {
+            return Err(format!("scores tokens {first} to {last}, which do not follow its own"));
+        }
+        if let Some(token) = targets.iter().find(|token| **token >= limits.vocab) {
+            return Err(format!("scores token {token} of a vocabulary of {}", limits.vocab));
+        }
+    }
     if row.pages.len() != limits.groups {
         return Err(format!("has pages of {} groups; the model has {}", row.pages.len(), limits.groups));
     }
@@ -99,6 +112,8 @@ pub(crate) struct StepBuffers {
     pub(crate) draws: usize,
     pub(crate) draw_rows: Buffer,
     pub(crate) sampling: Buffer,
+    /// What is scored.
+    pub(crate) targets: Targets,
     /// Whether any logit is changed before the draw.
     pub(crate) adjusts: bool,
     edits: [Buffer; 3],
@@ -173,6 +188,7 @@ impl Packed {
         let edit_tokens = words.put(drawing.iter().flat_map(|draw| draw.edits().map(|(token, _)| token)));
         let values =
             words.put(drawing.iter().flat_map(|draw| draw.edits().map(|(_, value)| value.to_bits())));
+        let targets = TargetRanges::put(plan, &mut words);
         let adjusts = entries > 0 || drawing.iter().any(|draw| draw.row.has_penalties());
 
         let packed = self.copy(words.host, device, stream)?;
@@ -187,6 +203,7 @@ impl Packed {
             draws: draw_rows.len(),
             draw_rows: part(&draw_rows),
             sampling: part(&sampling),
+            targets: targets.of(&packed),
             adjusts,
             edits: [part(&first), part(&edit_tokens), part(&values).seen_as(Element::F32)],
         };
@@ -212,13 +229,13 @@ impl Packed {
 }
 
 /// Words being packed.
-struct Words {
+pub(crate) struct Words {
     host: Vec<u32>,
 }
 
 impl Words {
     /// Appends an array; says where it lies.
-    fn put(&mut self, words: impl Iterator<Item = u32>) -> std::ops::Range<usize> {
+    pub(crate) fn put(&mut self, words: impl Iterator<Item = u32>) -> std::ops::Range<usize> {
         let first = self.host.len();
         self.host.extend(words);
         first..self.host.len()

@@ -74,6 +74,7 @@ impl Worker {
             class: ServiceClass::Online,
             arrived: Time(ask as u64),
             seed: chain_seed(&identity, true, b"", ""),
+            score: None,
         };
         let mut outputs = vec![Vec::new(); asks.len()];
         let mut names: BTreeMap<SequenceId, usize> = BTreeMap::new();
@@ -94,7 +95,7 @@ impl Worker {
             for event in batcher.take_events() {
                 match event {
                     Event::Admitted { cached_tokens, .. } => self.cached += cached_tokens,
-                    Event::Computed { .. } => {}
+                    Event::Computed { .. } | Event::Scored { .. } => {}
                     Event::Token { id, position, sampled } => {
                         let output: &mut Vec<Sampled> = &mut outputs[names[&id]];
                         assert_eq!(position as usize, output.len());

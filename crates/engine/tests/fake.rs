@@ -7,12 +7,12 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use tandem_batching::{Batcher, Config, Event, Origin, SequenceId, SequenceSpec};
-use tandem_engine::fake::{CONTEXT_TOKENS, FakeSpec, Ordinary, fake, oracle};
+use tandem_batching::{Batcher, Config, Event, Origin, Scoring, SequenceId, SequenceSpec};
+use tandem_engine::fake::{CONTEXT_TOKENS, FakeSpec, Ordinary, fake, oracle, oracle_scores};
 use tandem_engine::{Engine, LoadError, Options};
 use tandem_kv_cache::{KvCache, chain_seed};
 use tandem_types::{
-    BLOCK_TOKENS, Choice, SamplingParams, ServiceClass, StopRules, Time, TokenId, Until, blocks_for,
+    BLOCK_TOKENS, Choice, Sampled, SamplingParams, ServiceClass, StopRules, Time, TokenId, Until, blocks_for,
 };
 
 const MODEL: &str = "qwen3";
@@ -34,12 +34,14 @@ struct Ask {
     max_tokens: u32,
     sampling: SamplingParams,
     choice: Choice,
+    /// Score the prompt, with so many of the likeliest tokens.
+    score: Option<u32>,
 }
 
 impl Ask {
     fn of(family: u32, length: u32, max_tokens: u32) -> Ask {
         let prompt = (0..length).map(|at| (at * at * 5 + at * 3 + family * 11) % 300).collect();
-        Ask { prompt, max_tokens, sampling: SamplingParams::default(), choice: Choice(0) }
+        Ask { prompt, max_tokens, sampling: SamplingParams::default(), choice: Choice(0), score: None }
     }
 
     fn expected(&self) -> Vec<TokenId> {
@@ -55,6 +57,8 @@ struct Worker {
     now: Time,
     asks: Vec<Ask>,
     outputs: Vec<Vec<TokenId>>,
+    /// Of each prompt's tokens from the second on.
+    scores: Vec<Vec<Sampled>>,
     /// When each token came.
     times: Vec<Vec<Time>>,
     names: BTreeMap<SequenceId, usize>,
@@ -92,6 +96,7 @@ impl Worker {
             now: Time::ZERO,
             asks: Vec::new(),
             outputs: Vec::new(),
+            scores: Vec::new(),
             times: Vec::new(),
             names: BTreeMap::new(),
             next_id: 0,
@@ -105,6 +110,7 @@ impl Worker {
     fn ask(&mut self, ask: Ask) -> usize {
         self.asks.push(ask);
         self.outputs.push(Vec::new());
+        self.scores.push(Vec::new());
         self.times.push(Vec::new());
         self.add(self.asks.len() - 1, None);
         self.asks.len() - 1
@@ -126,6 +132,7 @@ impl Worker {
             class: ServiceClass::Online,
             arrived: Time(at as u64),
             seed: chain_seed(&self.engine.facts().identity, true, b"", ""),
+            score: ask.score.map(|top| Scoring { from: self.scores[at].len() as u32 + 1, top }),
         };
         self.batcher.add(spec, computed.unwrap_or(Origin::Fresh));
         self.names.insert(id, at);
@@ -182,6 +189,11 @@ impl Worker {
                     *counter += 1;
                     self.add(self.names[&id], None);
                 }
+                Event::Scored { id, position, scores } => {
+                    let known = &mut self.scores[self.names[&id]];
+                    assert_eq!(position as usize, known.len() + 1);
+                    known.extend(scores);
+                }
                 Event::Computed { .. } | Event::Finished { .. } => {}
                 Event::Rejected { id } => panic!("{id:?} was rejected"),
             }
@@ -206,6 +218,10 @@ impl Worker {
     fn expect_oracle(&self) {
         for (ask, output) in self.asks.iter().zip(&self.outputs) {
             assert_eq!(output, &ask.expected());
+        }
+        for (ask, scores) in self.asks.iter().zip(&self.scores) {
+            let expected = ask.score.map(|top| oracle_scores(&ordinary(), &ask.prompt, top));
+            assert_eq!(scores, &expected.unwrap_or_default());
         }
     }
 
@@ -268,6 +284,36 @@ fn one_changed_word_changes_what_follows_of_that_sequence_and_of_no_other() {
         assert_eq!(worker.outputs[spoiled][..good], expected[..good]);
         assert_ne!(worker.outputs[spoiled][good..], expected[good..], "word {position}");
         assert_eq!(worker.outputs[other], worker.asks[other].expected());
+    }
+}
+
+#[test]
+fn scores_are_read_back_from_pages_and_those_of_greedy_tokens_are_what_their_draws_reported() {
+    let text = Ask::of(1, 90, 1).prompt;
+    let scores = |changed: Option<u32>| {
+        // A chunk at a time, so that there is something to change.
+        let mut worker = Worker::new("zero", 50, 0, 30);
+        let at = worker.ask(Ask { score: Some(3), ..Ask::of(1, 90, 1) });
+        while worker.scores[at].len() < 60 {
+            assert!(worker.turn());
+        }
+        changed.into_iter().for_each(|position| worker.corrupt(at, position));
+        worker.run();
+        worker.scores.remove(at)
+    };
+    let good = oracle_scores(&ordinary(), &text, 3);
+    assert_eq!(scores(None), good);
+    let bad = scores(Some(40));
+    assert_eq!(bad[..60], good[..60], "scored before");
+    assert!(bad[60..].iter().zip(&good[60..]).all(|(bad, good)| bad != good));
+
+    let greedy = Ask {
+        sampling: SamplingParams { logprobs: Some(3), ..SamplingParams::default() },
+        ..Ask::of(1, 90, 20)
+    };
+    let whole: Vec<TokenId> = text.iter().copied().chain(greedy.expected()).collect();
+    for scored in &oracle_scores(&ordinary(), &whole, 3)[89..] {
+        assert_eq!(scored.top[0], (scored.token, scored.logprob.unwrap()));
     }
 }
 
@@ -404,16 +450,13 @@ fn a_checkpoint_without_a_tokenizer_is_refused_by_the_file_s_name() {
 
 fn ask() -> impl Strategy<Value = Ask> {
     let sampling = (prop_oneof![Just(0.0), Just(0.8f32)], any::<u64>());
-    (0..3u32, 1..120u32, 1..50u32, 0..2u32, sampling).prop_map(|(family, length, max, choice, sampling)| {
-        Ask {
-            sampling: SamplingParams {
-                temperature: sampling.0,
-                seed: sampling.1,
-                ..SamplingParams::default()
-            },
-            choice: Choice(choice),
-            ..Ask::of(family, length, max)
-        }
+    let score = prop_oneof![2 => Just(None), 1 => (0..4u32).prop_map(Some)];
+    let length = (0..3u32, 1..120u32, 1..50u32);
+    (length, 0..2u32, sampling, score).prop_map(|((family, length, max), choice, sampling, score)| Ask {
+        score,
+        sampling: SamplingParams { temperature: sampling.0, seed: sampling.1, ..SamplingParams::default() },
+        choice: Choice(choice),
+        ..Ask::of(family, length, max)
     })
 }
 

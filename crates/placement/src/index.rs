@@ -5,11 +5,14 @@
 //! stored again for long go first, and a block's third and further holders are recorded only while there is
 //! room. Both lose a hit and never invent one.
 
+mod lists;
+
 use std::collections::BTreeMap;
 
 use tandem_types::{BlockHash, Incarnation, WorkerId};
 
 use crate::{Held, Tier};
+use lists::Lists;
 
 /// What changed at a worker.
 #[derive(Clone, Debug, PartialEq)]
@@ -75,6 +78,8 @@ struct Member {
     incarnation: Incarnation,
     number: usize,
     sequence: u64,
+    /// Blocks that it may come to hold.
+    pool: usize,
 }
 
 /// A start of a worker that the table may speak of.
@@ -131,6 +136,11 @@ fn bit(tier: Tier) -> u32 {
 /// The number that a holder carries.
 fn number_of(holder: Holder) -> usize {
     (holder >> 8) as usize - 1
+}
+
+/// Whether one more than `used` blocks stand well in so many places.
+fn has_room(used: usize, places: usize) -> bool {
+    used.saturating_mul(4) < places * 3
 }
 
 fn halves(hash: BlockHash) -> [u64; 2] {
@@ -208,11 +218,28 @@ impl Index {
             None => return Err(Refused::TooManyWorkers),
         };
         self.version += 1;
-        self.members.insert(worker.clone(), Member { incarnation, number, sequence });
+        self.members.insert(worker.clone(), Member { incarnation, number, sequence, pool: 0 });
         for (tier, hash) in blocks {
             self.store(number, tier, hash);
         }
         Ok(())
+    }
+
+    /// A worker's pool has so many blocks, and sooner or later it holds as many: the table gets room for those of all
+    /// workers at once, as far as the bound allows, and need not grow while requests run.
+    pub fn expect(&mut self, worker: &WorkerId, pool: usize) {
+        let Some(member) = self.members.get_mut(worker) else { return };
+        member.pool = pool;
+        let pools = self.members.values().map(|member| member.pool);
+        let wanted = pools.fold(0usize, usize::saturating_add);
+        let mut places = self.places.len();
+        // No larger than it could grow to by itself: beside it there must be room for lists.
+        while !has_room(wanted, places) && self.fits(places, places * 2) {
+            places *= 2;
+        }
+        if places > self.places.len() {
+            self.grow(places);
+        }
     }
 
     /// A worker says what changed. Its sequence numbers rise by one; a gap asks for a snapshot.
@@ -435,20 +462,11 @@ impl Index {
 
     /// Room for one more hash: a larger table within the bound, or fewer blocks. True if something moved.
     fn make_room(&mut self) -> bool {
-        if self.used * 4 < self.places.len() * 3 {
+        if has_room(self.used, self.places.len()) {
             return false;
         }
-        // While blocks move, both tables stand.
-        if self.bytes() + 2 * self.places.len() * PLACE_BYTES <= self.bytes_max {
-            let places = self.places.len() * 2;
-            let old = std::mem::replace(&mut self.places, vec![EMPTY; places]);
-            let lives = std::mem::replace(&mut self.lives, vec![0; places]);
-            for (place, lives) in old.into_iter().zip(lives).filter(|(place, _)| !place.is_empty()) {
-                let at = self.find(place.hash);
-                self.places[at] = place;
-                self.lives[at] = lives;
-            }
-            self.hand = 0;
+        if self.fits(self.places.len(), self.places.len() * 2) {
+            self.grow(self.places.len() * 2);
             return true;
         }
         // A thousandth at once. The order of the table is random, and lives make it one by age, by and large.
@@ -463,6 +481,22 @@ impl Index {
             self.pass();
         }
         true
+    }
+
+    /// Whether a table may grow from so many places to so many. While blocks move, both tables stand.
+    fn fits(&self, from: usize, to: usize) -> bool {
+        self.bytes() + (from + to - self.places.len()) * PLACE_BYTES <= self.bytes_max
+    }
+
+    fn grow(&mut self, places: usize) {
+        let old = std::mem::replace(&mut self.places, vec![EMPTY; places]);
+        let lives = std::mem::replace(&mut self.lives, vec![0; places]);
+        for (place, lives) in old.into_iter().zip(lives).filter(|(place, _)| !place.is_empty()) {
+            let at = self.find(place.hash);
+            self.places[at] = place;
+            self.lives[at] = lives;
+        }
+        self.hand = 0;
     }
 
     /// The hand goes on by a place.
@@ -610,72 +644,5 @@ impl Lead {
         let mut beyond =
             tiers.filter(|tier| self.tiers & bit(*tier) != 0 && self.device_blocks < self.blocks);
         beyond.next().unwrap_or(Tier::Device)
-    }
-}
-
-/// The holders of blocks that more than two hold, by numbers from one.
-#[derive(Debug, Default)]
-struct Lists {
-    lists: Vec<Vec<Holder>>,
-    free: Vec<u32>,
-    /// Holders that there is room for, in all lists.
-    room: usize,
-}
-
-impl Lists {
-    fn bytes(&self) -> usize {
-        self.lists.capacity() * LIST_BYTES + self.room * size_of::<Holder>()
-    }
-
-    fn get(&self, list: u32) -> &[Holder] {
-        &self.lists[list as usize - 1]
-    }
-
-    /// To be changed, and not to grow.
-    fn get_mut(&mut self, list: u32) -> &mut Vec<Holder> {
-        &mut self.lists[list as usize - 1]
-    }
-
-    /// A new list, if it takes no more bytes than `bytes_max`.
-    fn add(&mut self, holders: &[Holder], bytes_max: usize) -> Option<u32> {
-        let grows = if self.free.is_empty() && self.lists.len() == self.lists.capacity() {
-            (self.lists.capacity() / 4).max(64)
-        } else {
-            0
-        };
-        if grows * LIST_BYTES + size_of_val(holders) > bytes_max {
-            return None;
-        }
-        self.lists.reserve_exact(grows);
-        let list = self.free.pop().unwrap_or_else(|| {
-            self.lists.push(Vec::new());
-            self.lists.len() as u32
-        });
-        let new = holders.to_vec();
-        self.room += new.capacity();
-        self.lists[list as usize - 1] = new;
-        Some(list)
-    }
-
-    /// One more in a list, if it takes no more bytes than `bytes_max`.
-    fn insert(&mut self, list: u32, place: usize, new: Holder, bytes_max: usize) -> bool {
-        let holders = &mut self.lists[list as usize - 1];
-        if holders.len() == holders.capacity() {
-            let more = (holders.len() / 2).max(2);
-            if more * size_of::<Holder>() > bytes_max {
-                return false;
-            }
-            let before = holders.capacity();
-            holders.reserve_exact(more);
-            self.room += holders.capacity() - before;
-        }
-        holders.insert(place, new);
-        true
-    }
-
-    fn give_back(&mut self, list: u32) {
-        let old = std::mem::take(&mut self.lists[list as usize - 1]);
-        self.room -= old.capacity();
-        self.free.push(list);
     }
 }

@@ -28,6 +28,11 @@ enum Event {
     Forget {
         worker: usize,
     },
+    /// A worker's pool is so large.
+    Expect {
+        worker: usize,
+        pool: usize,
+    },
 }
 
 fn name(worker: usize) -> WorkerId {
@@ -60,6 +65,8 @@ fn event(workers: usize, blocks: u32, most: usize) -> impl Strategy<Value = Even
             |(worker, incarnation, gap, change)| Event::Change { worker, incarnation, gap, change }
         ),
         1 => (0..workers).prop_map(|worker| Event::Forget { worker }),
+        1 => (0..workers, prop_oneof![0..9_000usize, Just(u32::MAX as usize)])
+            .prop_map(|(worker, pool)| Event::Expect { worker, pool }),
     ]
 }
 
@@ -102,6 +109,11 @@ impl Both {
             Event::Forget { worker } => {
                 self.index.forget(&name(*worker));
                 self.oracle.forget(&name(*worker));
+            }
+            Event::Expect { worker, pool } => {
+                let (bytes, bound) = (self.index.bytes(), self.index.bytes_max());
+                self.index.expect(&name(*worker), *pool);
+                assert!(self.index.bytes() >= bytes && self.index.bytes() <= bound, "{bytes} bytes before");
             }
         }
     }
@@ -258,4 +270,25 @@ fn a_delta_out_of_turn_is_refused_with_its_reason() {
     assert_eq!(apply(&mut index, 1, 7), Err(Refused::SnapshotNeeded), "one is missing");
     assert_eq!(apply(&mut index, 2, 6), Err(Refused::SnapshotNeeded), "another start");
     assert_eq!(apply(&mut index, 1, 6), Ok(()));
+}
+
+#[test]
+fn an_index_that_knows_the_pools_need_not_grow_when_they_fill() {
+    let mut index = Index::new(64 << 20);
+    let pool = 3_000;
+    for worker in 0..4 {
+        index.snapshot(&name(worker), Incarnation(1), 0, []).unwrap();
+        index.expect(&name(worker), pool);
+    }
+    let bytes = index.bytes();
+    for worker in 0..4 {
+        let blocks = (0..pool as u128).map(|block| BlockHash((worker as u128) << 64 | block)).collect();
+        index.apply(&name(worker), Incarnation(1), 1, &Change::Stored(Tier::Device, blocks)).unwrap();
+    }
+    assert_eq!((index.bytes(), index.len(), index.evicted()), (bytes, 4 * pool, 0));
+    index.expect(&name(9), 1 << 40);
+    assert_eq!(index.bytes(), bytes, "nobody knows that worker");
+    // What a worker says of itself never asks for more than the bound, and leaves room for lists.
+    index.expect(&name(0), usize::MAX / 4);
+    assert!(index.bytes() > bytes && index.bytes() * 3 <= index.bytes_max() * 2);
 }

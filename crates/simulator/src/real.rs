@@ -103,6 +103,7 @@ impl Real {
             class: tandem_types::ServiceClass::Online,
             arrived: Time::ZERO,
             seed: self.seed,
+            score: None,
         }
     }
 
@@ -233,6 +234,7 @@ impl Real {
             slot: row.slot,
             count: row.count,
             sampled: row.sample.then(|| Sampled { token: 1, ..Sampled::default() }),
+            scored: Vec::new(),
         });
         let outcome = Outcome { id: plan.id, rows: rows.collect(), took: Duration::ZERO };
         self.batcher.apply(&mut self.kv, outcome, now);

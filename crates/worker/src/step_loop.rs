@@ -40,8 +40,9 @@ pub(crate) struct StepLoop {
     submitted: Time,
     /// When the books were last checked.
     checked: Time,
-    /// The plans that the engine has, and what they compute.
-    plans: VecDeque<(u64, Measured)>,
+    /// The plans that the engine has, and what they compute, where that tells how fast steps are: those that score a
+    /// prompt do much else.
+    plans: VecDeque<(u64, Option<Measured>)>,
 }
 
 impl StepLoop {
@@ -61,15 +62,18 @@ impl StepLoop {
                 tracing::error!(plan, "the engine brought an outcome that nobody waits for");
                 continue;
             }
-            let (_, mut step) = self.plans.pop_front().expect("looked at above");
+            let (_, measured) = self.plans.pop_front().expect("looked at above");
             self.shared.progress.end();
             if let Ok(outcome) = &result {
-                let prompt: u32 = outcome.rows.iter().map(|row| row.count).filter(|&count| count > 1).sum();
-                step.seconds = now.since(self.submitted).as_secs_f64();
-                self.shared.step(|core, _| {
-                    core.costs().computed(prompt, now.since(self.submitted));
-                    core.learn(step);
-                });
+                if let Some(mut step) = measured {
+                    let prompt: u32 =
+                        outcome.rows.iter().map(|row| row.count).filter(|&count| count > 1).sum();
+                    step.seconds = now.since(self.submitted).as_secs_f64();
+                    self.shared.step(|core, _| {
+                        core.costs().computed(prompt, now.since(self.submitted));
+                        core.learn(step);
+                    });
+                }
                 let drawn = outcome.rows.iter().filter(|row| row.sampled.is_some()).count();
                 self.shared.metrics.observe_step(now.since(self.submitted), drawn);
             }
@@ -88,7 +92,8 @@ impl StepLoop {
             self.shared.metrics.observe_plan(&plan);
             self.shared.progress.begin(now, self.engine.expected(&plan));
             self.submitted = now;
-            self.plans.push_back((plan.id, measure(&plan)));
+            let scores = plan.rows.iter().any(|row| row.score.is_some());
+            self.plans.push_back((plan.id, (!scores).then(|| measure(&plan))));
             self.engine.submit(plan, now);
             return Turn::InFlight;
         }

@@ -86,7 +86,7 @@ const BENCHES: &[Bench] = &[
     Bench {
         name: "overload",
         what: "ten times the load that a cluster can serve, a stream of a million tokens, and ten thousand short\n           \
-               ones (--slo TARGETS, --rounds N, --seconds N, --quick, --json FILE)",
+               ones (--slo TARGETS, --rounds N, --seconds N, --quick, --only load|short|long, --json FILE)",
         parts: &[Part {
             name: "overload",
             build: &[

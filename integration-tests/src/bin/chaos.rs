@@ -36,7 +36,7 @@ fn main() -> ExitCode {
 
 fn read(arguments: &[String]) -> Result<Options, String> {
     let level = "failpoints".to_owned();
-    let mut options = Options { level, runs: 198, requests: 100_000, seed: 1, lanes: 3, verbose: false };
+    let mut options = Options { level, runs: 204, requests: 100_000, seed: 1, lanes: 3, verbose: false };
     let mut words = arguments.iter();
     while let Some(word) = words.next() {
         let mut value = || words.next().ok_or_else(|| format!("{word} needs a value"));

@@ -14,7 +14,7 @@ use tandem_chassis::seam;
 use tandem_integration_tests::ProcessCluster;
 use tandem_integration_tests::measure::{self, number, show, spread};
 
-const HELP: &str = "overload [--slo ttft=2s,tpot=500ms] [--rounds N] [--seconds N] [--quick] [--json FILE]";
+const HELP: &str = "overload [--slo ttft=2s,tpot=500ms] [--rounds N] [--seconds N] [--quick] [--only load|short|long] [--json FILE]";
 
 /// A cluster that serves few enough requests for one client to send it ten times as many.
 const SLOW: [&str; 7] =
@@ -34,12 +34,18 @@ struct Options {
     /// Tokens of the long stream, and short streams.
     tokens: u32,
     streams: u32,
+    /// One part alone.
+    only: Option<String>,
     json: Option<PathBuf>,
 }
 
+/// Ten times the load, many short streams, one long stream.
+const PARTS: [&str; 3] = ["load", "short", "long"];
+
 fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, String> {
     let slo = "ttft=2s,tpot=500ms".to_owned();
-    let mut options = Options { slo, rounds: 5, seconds: 60, tokens: 1_000_000, streams: 10_000, json: None };
+    let (rounds, seconds, tokens, streams) = (5, 60, 1_000_000, 10_000);
+    let mut options = Options { slo, rounds, seconds, tokens, streams, only: None, json: None };
     while let Some(name) = arguments.next() {
         let mut value = || arguments.next().ok_or_else(|| format!("{name} needs a value; {HELP}"));
         match name.as_str() {
@@ -49,6 +55,13 @@ fn options(mut arguments: impl Iterator<Item = String>) -> Result<Options, Strin
             "--quick" => {
                 (options.rounds, options.seconds) = (1, 5);
                 (options.tokens, options.streams) = (50_000, 1_000);
+            }
+            "--only" => {
+                let part = value()?;
+                if !PARTS.contains(&part.as_str()) {
+                    return Err(format!("--only takes one of {}, not {part:?}", PARTS.join(", ")));
+                }
+                options.only = Some(part);
             }
             "--json" => options.json = Some(value()?.into()),
             "--help" | "-h" => {
@@ -178,15 +191,48 @@ impl Table {
 }
 
 async fn run(options: Options) -> Result<(), String> {
-    let mut rounds = Vec::new();
-    for round in 0..options.rounds {
-        eprintln!("round {} of {}: ten times too much", round + 1, options.rounds);
-        rounds.push(overloaded(&options).await?);
-    }
-    let of = |value: &dyn Fn(&Overloaded) -> f64| spread(rounds.iter().map(value).collect());
     println!("{} rounds, {}: median (least to most)", options.rounds, options.slo);
     println!("| line | figure | goal |\n|---|---|---|");
     let mut table = Table(Vec::new());
+    let wanted = |part: &str| options.only.as_ref().is_none_or(|only| only == part);
+    if wanted("load") {
+        load(&options, &mut table).await?;
+    }
+    if wanted("short") {
+        short(&options, &mut table).await?;
+    }
+    if wanted("long") {
+        eprintln!("one stream of {} tokens", options.tokens);
+        let growth = long_stream(&options).await?;
+        table.row("bytes a token of one long stream, at most", [growth[0]; 3], "8 at most");
+        table.row("bytes a token of it, afterwards", [growth[1]; 3], "");
+    }
+    if let Some(file) = options.json {
+        let text = json!({ "slo": options.slo, "rows": table.0 }).to_string();
+        std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
+    }
+    Ok(())
+}
+
+async fn short(options: &Options, table: &mut Table) -> Result<(), String> {
+    let mut rounds = Vec::new();
+    for round in 0..options.rounds {
+        eprintln!("round {} of {}: {} streams of ten tokens", round + 1, options.rounds, options.streams);
+        rounds.push(short_streams(options).await?);
+    }
+    let of = |at: usize| spread(rounds.iter().map(|held| held[at]).collect());
+    table.row("MiB after a tenth of the short streams", of(0), "");
+    table.row("MiB after all of them", of(1), "no more");
+    Ok(())
+}
+
+async fn load(options: &Options, table: &mut Table) -> Result<(), String> {
+    let mut rounds = Vec::new();
+    for round in 0..options.rounds {
+        eprintln!("round {} of {}: ten times too much", round + 1, options.rounds);
+        rounds.push(overloaded(options).await?);
+    }
+    let of = |value: &dyn Fn(&Overloaded) -> f64| spread(rounds.iter().map(value).collect());
     table.row("answers per second in time, at best", of(&|ran| ran.best), "");
     table.row("the same under ten times that", of(&|ran| ran.goodput), "");
     table.row("share of the best goodput that is left", of(&|ran| ran.goodput / ran.best), "0.9 at least");
@@ -194,18 +240,6 @@ async fn run(options: Options) -> Result<(), String> {
     table.row("ms until a refusal, median", of(&|ran| ran.refusal_ms[0]), "10 at most");
     table.row("ms until a refusal, p99", of(&|ran| ran.refusal_ms[1]), "10 at most");
     table.row("ms that the client itself was late, p99", of(&|ran| ran.late_ms), "");
-    eprintln!("{} streams of ten tokens", options.streams);
-    let held = short_streams(&options).await?;
-    table.row("MiB after a tenth of the short streams", [held[0]; 3], "");
-    table.row("MiB after all of them", [held[1]; 3], "no more");
-    eprintln!("one stream of {} tokens", options.tokens);
-    let growth = long_stream(&options).await?;
-    table.row("bytes a token of one long stream, at most", [growth[0]; 3], "8 at most");
-    table.row("bytes a token of it, afterwards", [growth[1]; 3], "");
-    if let Some(file) = options.json {
-        let text = json!({ "slo": options.slo, "rows": table.0 }).to_string();
-        std::fs::write(&file, text).map_err(|error| format!("{}: {error}", file.display()))?;
-    }
     Ok(())
 }
 
@@ -231,6 +265,8 @@ mod tests {
         let read = |line: &str| options(line.split_whitespace().map(str::to_owned));
         let given = read("--rounds 3 --seconds 4 --slo ttft=1s,tpot=1s").expect("it is right");
         assert_eq!((given.rounds, given.seconds, given.slo.as_str()), (3, 4, "ttft=1s,tpot=1s"));
+        assert_eq!(read("--only short").expect("it is a part").only.as_deref(), Some("short"));
+        assert!(read("--only all").is_err_and(|why| why.contains("load, short, long")));
         assert!(read("--rounds 0").is_err_and(|why| why.contains("from 1 on")));
         assert!(read("--speed").is_err_and(|why| why.contains("no option --speed")));
     }

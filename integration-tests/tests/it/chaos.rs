@@ -23,6 +23,11 @@ fn faults_on_sessions_make_no_answer_wrong_and_leave_nothing() {
 }
 
 #[test]
+fn faults_while_a_prompt_is_scored_leave_no_score_out_and_none_twice() {
+    cases(&["frame.scored"], 12);
+}
+
+#[test]
 fn faults_in_hand_offs_make_no_answer_wrong_and_leave_nothing() {
     cases(&["follow.", "pull.", "end.", "lend."], 12);
 }

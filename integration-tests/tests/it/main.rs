@@ -13,6 +13,7 @@
 //! - `bad_inputs`: what nobody should send, row by row of `bad_inputs.toml`
 //! - `broken`: checkpoints that cannot be served are refused by naming the fact
 //! - `demo`: what the demo model answers, and its data's splits
+//! - `scores`: log probabilities of the prompt, by `echo` with `logprobs`
 //! - `operating`: admin endpoints, metrics, roles, cordon and drain
 //! - `processes`: real processes, started by the real `tandem up`
 //! - `etcd`: the same over a real etcd server
@@ -40,6 +41,7 @@ mod processes;
 mod references;
 mod roles;
 mod schemathesis;
+mod scores;
 mod sdk;
 mod support;
 mod tracing;

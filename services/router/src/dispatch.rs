@@ -8,6 +8,7 @@
 
 mod placing;
 mod round;
+mod scoring;
 
 use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -21,7 +22,9 @@ use tandem_placement::planner::Observer;
 use tandem_placement::{Candidate, Policy};
 use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
-use tandem_types::{BlockHash, FinishReason, ServiceClass, Time, TokenId, Usage, WorkerId, WorkerState};
+use tandem_types::{
+    BlockHash, FinishReason, Sampled, ServiceClass, Time, TokenId, Usage, WorkerId, WorkerState,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tracing::Instrument;
 
@@ -112,10 +115,6 @@ impl Dispatcher {
         if self.shutdown.is_draining() {
             return Err(DispatchError::Draining);
         }
-        if request.score_prompt.is_some() {
-            let message = "log probabilities of the prompt (echo with logprobs) are not in this version";
-            return Err(DispatchError::Unsupported(message.into()));
-        }
         let overloaded = DispatchError::Overloaded { retry_after: Duration::from_secs(1) };
         let permit = self.queue.clone().try_acquire_owned().map_err(|_| overloaded)?;
         let candidates = self.workers.candidates().1;
@@ -127,6 +126,12 @@ impl Dispatcher {
         let earn = |saved: i64| (saved < RETRIES_SAVED).then_some(saved + 1);
         let _ = self.retries.fetch_update(Ordering::Relaxed, Ordering::Relaxed, earn);
         let (out, events) = mpsc::channel(CLIENT_QUEUE);
+        let scored = usize::from(request.score_prompt.is_some());
+        if scored > 0 {
+            // Nothing stands before the first token, so nobody need score it.
+            let first = Sampled { token: request.prompt[0], ..Sampled::default() };
+            out.try_send(GenerateEvent::Scored(vec![first])).expect("the channel is new");
+        }
         let record = self.records.begin(&request);
         self.metrics.request_begins();
         let course = Course {
@@ -136,6 +141,7 @@ impl Dispatcher {
             out,
             queued: Some(permit),
             delivered: Vec::new(),
+            scored,
             cached_tokens: 0,
             attempt: 0,
             faults: 0,
@@ -233,6 +239,8 @@ struct Course {
     queued: Option<OwnedSemaphorePermit>,
     /// What the client has, for whoever goes on.
     delivered: Vec<TokenId>,
+    /// Positions of the prompt whose scores the client has, where they are wanted.
+    scored: usize,
     cached_tokens: u32,
     attempt: u32,
     faults: u32,
@@ -398,13 +406,18 @@ impl Course {
                     }
                     handle = granted.handle;
                 }
+                LegEvent::Worker(event::Event::Scored(scored)) if !from_follower => {
+                    if let Err(round) = self.take_scores(&scored, prefill.worker()).await {
+                        return round;
+                    }
+                }
                 LegEvent::Worker(event::Event::Delta(delta)) if !from_follower => {
                     let Some(handle) = handle else {
                         let why = format!("{} sent a token before its grant", prefill.worker());
                         return Round::Again(Again::new(Some(prefill.worker().clone()), true, why));
                     };
                     self.computed_at(prefill.worker());
-                    let grant = Grant { prefill, granted_as, handle };
+                    let grant = Grant { prefill, granted_as, handle: *handle };
                     return self.decode(grant, delta, decode).await;
                 }
                 // It followed to the end before the prefill worker's own word came.
@@ -443,7 +456,8 @@ impl Course {
 
     /// Starts a decode worker that pulls while the prompt is still being computed, if that pays.
     async fn follow_along(&mut self, prefill: &Leg, handle: &v1::Handle, granted_as: u32) -> Option<Leg> {
-        if !tandem_placement::overlap_pays(handle.tokens) {
+        // All scores come from the prefill worker, and before the first token whoever brings it.
+        if !tandem_placement::overlap_pays(handle.tokens) || self.unscored() {
             return None;
         }
         // What stays where it is has nothing to pull.
@@ -519,6 +533,11 @@ impl Course {
             };
             match event {
                 LegEvent::Worker(event::Event::Granted(granted)) => self.begun(granted.cached_tokens),
+                LegEvent::Worker(event::Event::Scored(scored)) => {
+                    if let Err(round) = self.take_scores(&scored, leg.worker()).await {
+                        return round;
+                    }
+                }
                 LegEvent::Worker(event::Event::Delta(delta)) => {
                     if !std::mem::replace(&mut own_delta, true) {
                         self.computed_at(leg.worker());
@@ -555,6 +574,7 @@ impl Course {
     /// Hands a delta on: each position once, in order; a different token at a delivered position ends the leg.
     async fn deliver(&mut self, delta: &v1::Delta, from: &WorkerId) -> Result<(), Round> {
         self.begun(0);
+        self.check_scored(from)?;
         self.dispatcher.count_answers(delta.tokens.len() as f64, 0.0);
         for (i, &token) in delta.tokens.iter().enumerate() {
             let position = delta.position as usize + i;
@@ -580,12 +600,7 @@ impl Course {
             if let Some(predicted) = self.predicted_first.take() {
                 self.dispatcher.metrics.observe_prediction(predicted, now.since(since).as_secs_f64());
             }
-            let event = GenerateEvent::Token { position: position as u32, sampled };
-            let sent = seam::timeout(CLIENT_PATIENCE, self.out.send(event)).await;
-            if sent.is_err() {
-                let message = format!("the client has read nothing for {} s", CLIENT_PATIENCE.as_secs());
-                return Err(Round::Broken(DispatchError::SlowClient(message)));
-            }
+            self.send(GenerateEvent::Token { position: position as u32, sampled }).await?;
         }
         Ok(())
     }

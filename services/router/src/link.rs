@@ -38,8 +38,6 @@ const PAUSE_AT: usize = 512;
 
 /// What a leg hears from its worker. The last one is `Finished`, `Released`, `Refused`, `Preempted`, `Failed`
 /// or `Lost`.
-// Only a grant is large, once per request; deltas would pay for a box each.
-#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub(crate) enum LegEvent {
     /// From the worker.
@@ -438,8 +436,9 @@ impl Link {
             _ => {}
         }
         let Some(slot) = state.legs.get_mut(&name) else { return };
+        use event::Event;
         let last =
-            !matches!(kind, event::Event::Delta(_) | event::Event::Granted(_) | event::Event::Finished(_));
+            !matches!(kind, Event::Delta(_) | Event::Scored(_) | Event::Granted(_) | Event::Finished(_));
         let sent = slot.events.try_send(LegEvent::Worker(kind));
         let behind = LEG_QUEUE - slot.events.capacity();
         let pause = behind >= PAUSE_AT && !slot.paused;
@@ -515,6 +514,7 @@ fn fail_point(message: &v1::FromWorker) -> Option<&'static str> {
         event::Event::Refused(_) => (4, "frame.refused"),
         event::Event::Failed(_) => (5, "frame.failed"),
         event::Event::Preempted(_) => (6, "frame.preempted"),
+        event::Event::Scored(_) => (7, "frame.scored"),
     };
     frame.events.iter().filter_map(|event| event.event.as_ref().map(rank)).max().map(|(_, point)| point)
 }
@@ -538,7 +538,7 @@ impl Leg {
         let event = self.events.recv().await.unwrap_or(LegEvent::Lost("its session ended"));
         match &event {
             LegEvent::Worker(event::Event::Granted(granted)) => self.keep_lease(granted),
-            LegEvent::Worker(event::Event::Delta(_)) => self.maybe_resume(),
+            LegEvent::Worker(event::Event::Delta(_) | event::Event::Scored(_)) => self.maybe_resume(),
             LegEvent::Worker(event::Event::Finished(_)) => {}
             LegEvent::Worker(_) | LegEvent::Lost(_) => self.over = true,
         }

@@ -52,6 +52,7 @@ impl Prefixes {
         if report.snapshot {
             *last = 0;
             index.snapshot(worker, incarnation, 0, [])?;
+            index.expect(worker, report.load.map_or(0, |load| load.blocks_total as usize));
         }
         for change in &changes {
             *last += 1;

@@ -9,6 +9,7 @@ use crate::RouterConfig;
 
 /// Runs a router until a signal ends it. `arguments` begins with the program's name.
 pub fn process_main(arguments: Vec<OsString>) -> ExitCode {
+    tandem_chassis::forgo_huge_pages();
     let config: RouterConfig = config::load_checked(arguments, |config: &RouterConfig| {
         config.check()?;
         match (&config.etcd, &config.parent) {

@@ -41,7 +41,7 @@ pub struct GenerateRequest {
     pub share: PromptShare,
     /// Nobody sees a token before the answer is whole, so it may go on elsewhere whatever breaks.
     pub unseen: bool,
-    /// The prompt's own log probabilities are wanted, and so many of the likeliest tokens at each position.
+    /// The prompt's own log probabilities are wanted, and so many of the likeliest tokens at each position: `echo`.
     pub score_prompt: Option<u32>,
 }
 
@@ -85,8 +85,8 @@ pub struct Route {
 pub enum GenerateEvent {
     /// Where it went; before the first token.
     Routed(Route),
-    /// The prompt's tokens with their log probabilities, if they were wanted; before the first token. The first has
-    /// none: nothing stands before it.
+    /// The prompt's next tokens with their log probabilities, if they were wanted; all before the first token, in order,
+    /// each once. The very first has none: nothing stands before it.
     Scored(Vec<Sampled>),
     /// A token.
     Token {
@@ -173,6 +173,7 @@ impl DispatchError {
 #[derive(Debug)]
 pub struct Generation {
     route: Option<Route>,
+    scores: Vec<Sampled>,
     ahead: VecDeque<GenerateEvent>,
     events: mpsc::Receiver<GenerateEvent>,
 }
@@ -182,12 +183,15 @@ impl Generation {
     pub(crate) async fn begin(
         mut events: mpsc::Receiver<GenerateEvent>,
     ) -> Result<Generation, DispatchError> {
-        let mut route = None;
+        let (mut route, mut scores) = (None, Vec::new());
         loop {
             match events.recv().await {
                 Some(GenerateEvent::Routed(taken)) => route = Some(taken),
+                Some(GenerateEvent::Scored(more)) => scores.extend(more),
                 Some(GenerateEvent::Failed(error)) => return Err(error),
-                Some(first) => return Ok(Generation { route, ahead: VecDeque::from([first]), events }),
+                Some(first) => {
+                    return Ok(Generation { route, scores, ahead: VecDeque::from([first]), events });
+                }
                 None => return Err(DispatchError::Internal("the request ended without a word".into())),
             }
         }
@@ -196,6 +200,11 @@ impl Generation {
     /// Where it went.
     pub fn route(&self) -> Option<&Route> {
         self.route.as_ref()
+    }
+
+    /// The prompt's tokens with their log probabilities, once; empty if they were not wanted.
+    pub fn take_scores(&mut self) -> Vec<Sampled> {
+        std::mem::take(&mut self.scores)
     }
 
     /// The next event; a request that vanishes without a last event has failed.

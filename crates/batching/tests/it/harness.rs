@@ -3,14 +3,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use tandem_batching::{Batcher, Config, Event, Origin, Plan, SequenceId, SequenceSpec};
+use tandem_batching::{Batcher, Config, Event, Origin, Plan, Scoring, SequenceId, SequenceSpec};
 use tandem_kv_cache::{ChainSeed, FirstTokenBundle, KvCache, chain_seed};
 use tandem_types::{
-    Attempt, BLOCK_TOKENS, Choice, FinishReason, KvIdentity, LeaseId, SamplingParams, ServiceClass,
+    Attempt, BLOCK_TOKENS, Choice, FinishReason, KvIdentity, LeaseId, Sampled, SamplingParams, ServiceClass,
     StopRules, Time, TokenId, Until, blocks_for,
 };
 
-use crate::toy::{Engine, oracle};
+use crate::toy::{Engine, oracle, oracle_scores};
 
 /// What a caller wants.
 #[derive(Clone, Debug)]
@@ -19,12 +19,18 @@ pub struct Ask {
     pub stop: StopRules,
     /// `FirstToken` is handed off under a lease, adopted here, and goes on to the end.
     pub until: Until,
+    /// Score the prompt, with so many of the likeliest tokens at each position.
+    pub score: Option<u32>,
 }
 
 impl Ask {
     pub fn new(prompt: &[TokenId], max_tokens: u32) -> Ask {
         let stop = StopRules { max_tokens, ..StopRules::default() };
-        Ask { prompt: prompt.to_vec(), stop, until: Until::End }
+        Ask { prompt: prompt.to_vec(), stop, until: Until::End, score: None }
+    }
+
+    pub fn scored(prompt: &[TokenId], max_tokens: u32, top: u32) -> Ask {
+        Ask { score: Some(top), ..Ask::new(prompt, max_tokens) }
     }
 }
 
@@ -41,6 +47,8 @@ pub enum End {
 pub struct Request {
     pub ask: Ask,
     pub output: Vec<TokenId>,
+    /// Of the prompt's tokens from the second on.
+    pub scores: Vec<Sampled>,
     pub id: SequenceId,
     pub end: Option<End>,
     pub arrived: Time,
@@ -123,6 +131,7 @@ impl Harness {
         self.requests.push(Request {
             ask,
             output: Vec::new(),
+            scores: Vec::new(),
             id: SequenceId(0),
             end: None,
             arrived: self.now,
@@ -156,6 +165,7 @@ impl Harness {
             class: ServiceClass::Online,
             arrived: request.arrived,
             seed: seed(),
+            score: request.ask.score.map(|top| Scoring { from: request.scores.len() as u32 + 1, top }),
         }
     }
 
@@ -182,6 +192,14 @@ impl Harness {
         assert!(!self.batcher.cancel(id, &mut self.kv, self.now), "{id:?} is gone");
         self.over(at, End::Cancelled);
         self.check();
+    }
+
+    /// As if it had been lost, and placed again with what it has.
+    pub fn cancel_and_add(&mut self, at: usize) {
+        let id = self.requests[at].id;
+        assert!(self.batcher.cancel(id, &mut self.kv, self.now), "{id:?} was there");
+        self.by_id.remove(&id);
+        self.add(at);
     }
 
     pub fn pause(&mut self, at: usize, paused: bool) {
@@ -286,8 +304,20 @@ impl Harness {
                         self.kv.progress(lease, tokens);
                     }
                 }
+                Event::Scored { id, position, scores } => {
+                    let request = &mut self.requests[self.by_id[&id]];
+                    assert_eq!(
+                        position as usize,
+                        request.scores.len() + 1,
+                        "scores come in order, each once"
+                    );
+                    assert!(request.output.is_empty(), "scores come before the first token");
+                    request.scores.extend(scores);
+                }
                 Event::Token { id, position, sampled } => {
                     let request = &mut self.requests[self.by_id[&id]];
+                    let wanted = request.ask.score.map_or(0, |_| request.ask.prompt.len() - 1);
+                    assert_eq!(request.scores.len(), wanted, "all scores are there with the first token");
                     assert_eq!(position as usize, request.output.len(), "tokens come in order, each once");
                     request.output.push(sampled.token);
                 }
@@ -452,6 +482,9 @@ impl Harness {
             let (ask, output) = (&request.ask, &request.output);
             let expected = oracle(&ask.prompt, &ask.stop, self.longest().max(ask.prompt.len() as u32));
             let end = request.end.expect("everything is over");
+            if let Some(top) = ask.score {
+                assert!(oracle_scores(&ask.prompt, top).starts_with(&request.scores), "{ask:?}");
+            }
             match end {
                 End::Cancelled => assert!(expected.starts_with(output)),
                 End::Rejected => assert!(output.is_empty()),

@@ -1,10 +1,10 @@
 //! What the batcher promises, one sentence each.
 
 use tandem_batching::{Batcher, Config, Event, Input, Origin, Outcome, Plan, RowOutcome, SequenceId};
-use tandem_types::{FinishReason, StopRules, Time, Until, blocks_for};
+use tandem_types::{FinishReason, Sampled, StopRules, Time, Until, blocks_for};
 
 use crate::harness::{Ask, End, Harness, prompt};
-use crate::toy::oracle;
+use crate::toy::{oracle, oracle_scores};
 
 /// Start and count of each row.
 fn shape(plan: &Option<Plan>) -> Vec<(u32, u32)> {
@@ -391,7 +391,7 @@ fn a_row_without_the_token_it_should_have_drawn_fails_alone() {
     }
     let kv = &mut harness.kv;
     let plan = batcher.plan(kv, harness.now).expect("two prompts");
-    let row = |slot, sampled| RowOutcome { slot, count: 40, sampled };
+    let row = |slot, sampled| RowOutcome { slot, count: 40, sampled, scored: Vec::new() };
     let rows = vec![row(plan.rows[0].slot, None), row(plan.rows[1].slot, Some(Default::default()))];
     batcher.apply(kv, Outcome { id: plan.id, rows, ..Outcome::default() }, harness.now);
     let events = batcher.take_events();
@@ -436,4 +436,85 @@ fn an_outcome_of_another_plan_is_a_bug() {
     harness.ask(Ask::new(&prompt(1, 5), 3));
     harness.plan();
     harness.batcher.apply(&mut harness.kv, Outcome { id: 9, ..Outcome::default() }, harness.now);
+}
+
+/// First target and number of targets of each row that scores.
+fn scores(plan: &Option<Plan>) -> Vec<(u32, usize)> {
+    let rows = plan.iter().flat_map(|plan| &plan.rows);
+    rows.filter_map(|row| row.score.as_ref()).map(|score| (score.first, score.targets.len())).collect()
+}
+
+#[test]
+fn each_chunk_of_a_scored_prompt_scores_the_tokens_that_follow_its_own() {
+    let mut harness = Harness::of(40, 0, 50);
+    let at = harness.ask(Ask::scored(&prompt(1, 100), 3, 2));
+    let mut seen = Vec::new();
+    for _ in 0..4 {
+        seen.push(scores(&harness.plan()));
+        harness.collect();
+    }
+    // The first token follows nothing, and what follows the last is drawn.
+    assert_eq!(seen, [vec![(1, 40)], vec![(41, 40)], vec![(81, 19)], vec![]]);
+    finished(&mut harness);
+    assert_eq!(harness.requests[at].scores, oracle_scores(&prompt(1, 100), 2));
+    assert_eq!(harness.requests[at].output, output(&prompt(1, 100), 3));
+}
+
+#[test]
+fn a_scored_prompt_takes_nothing_from_the_prefix_cache_and_leaves_its_blocks_there() {
+    let mut harness = Harness::of(512, 0, 50);
+    for ask in [Ask::new(&prompt(1, 100), 2), Ask::scored(&prompt(1, 100), 2, 0)] {
+        harness.ask(ask);
+        assert_eq!(step(&mut harness), [(0, 100)], "the cache is cold, or of no use");
+        harness.run();
+    }
+    // A prompt that nobody has computed but to score it.
+    harness.ask(Ask::scored(&prompt(2, 100), 2, 0));
+    harness.run();
+    harness.ask(Ask::new(&prompt(2, 100), 2));
+    assert_eq!(step(&mut harness), [(96, 4)]);
+    finished(&mut harness);
+}
+
+#[test]
+fn what_was_scored_before_need_not_be_computed_again() {
+    let text = prompt(1, 100);
+    for (from, begins) in [(1, 0), (32, 0), (33, 32), (64, 32), (65, 64), (99, 96), (100, 96)] {
+        let mut harness = Harness::of(512, 0, 50);
+        harness.ask(Ask::new(&text, 2));
+        harness.run();
+        let at = harness.ask(Ask::scored(&text, 2, 1));
+        harness.requests[at].scores = oracle_scores(&text, 1)[..from as usize - 1].to_vec();
+        harness.cancel_and_add(at);
+        let plan = harness.plan();
+        assert_eq!(shape(&plan), [(begins, 100 - begins)], "from {from}");
+        let wanted = (from < 100).then_some((from, 100 - from as usize));
+        assert_eq!(scores(&plan), wanted.into_iter().collect::<Vec<_>>());
+        harness.collect();
+        finished(&mut harness);
+        assert_eq!(harness.requests[at].scores, oracle_scores(&text, 1));
+    }
+}
+
+#[test]
+fn a_row_without_all_its_scores_fails_alone() {
+    let mut harness = Harness::of(512, 0, 50);
+    let first = harness.ask(Ask::scored(&prompt(1, 40), 3, 0));
+    let second = harness.ask(Ask::scored(&prompt(2, 40), 3, 0));
+    let plan = harness.plan().expect("two prompts");
+    let row = |at: usize, scored: &[Sampled]| RowOutcome {
+        slot: plan.rows[at].slot,
+        count: 40,
+        sampled: Some(Sampled::default()),
+        scored: scored.to_vec(),
+    };
+    let good = oracle_scores(&prompt(2, 40), 0);
+    let rows = vec![row(0, &oracle_scores(&prompt(1, 40), 0)[..38]), row(1, &good)];
+    harness.batcher.apply(&mut harness.kv, Outcome { id: plan.id, rows, ..Outcome::default() }, harness.now);
+    let events = harness.batcher.take_events();
+    let ids = [harness.requests[first].id, harness.requests[second].id];
+    assert!(events.contains(&Event::Failed { id: ids[0] }));
+    assert!(events.contains(&Event::Scored { id: ids[1], position: 1, scores: good }));
+    let drawn = events.iter().filter(|event| matches!(event, Event::Token { .. })).count();
+    assert_eq!((drawn, harness.batcher.running()), (1, 1));
 }

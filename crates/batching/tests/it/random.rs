@@ -29,7 +29,8 @@ fn ask() -> impl Strategy<Value = Ask> {
         prop_oneof![3 => Just(vec![]), 1 => Just(vec![3])],
     );
     let start = (0..3u64, prop_oneof![1..10usize, 1..200usize, Just(32), Just(64), Just(33)], 0..3u32);
-    (start, stop, any::<bool>()).prop_map(|((family, length, own), stop, hand_off)| {
+    let score = prop_oneof![2 => Just(None), 1 => (0..4u32).prop_map(Some)];
+    (start, stop, any::<bool>(), score).prop_map(|((family, length, own), stop, hand_off, score)| {
         let mut tokens = prompt(family, length);
         if own > 0 {
             // Alike but for the end.
@@ -40,6 +41,7 @@ fn ask() -> impl Strategy<Value = Ask> {
             prompt: tokens,
             stop: StopRules { max_tokens, min_tokens, eos, stop_token_ids },
             until: if hand_off { Until::FirstToken } else { Until::End },
+            score,
         }
     })
 }

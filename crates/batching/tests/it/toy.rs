@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
-use tandem_batching::{Config, Input, Outcome, Plan, Row, RowOutcome};
+use tandem_batching::{Config, Input, Outcome, Plan, Row, RowOutcome, Score};
 use tandem_types::{BLOCK_TOKENS, Sampled, StopRules, TokenId, blocks_for};
 
 /// Token ids are below this; so small that stop tokens come up by themselves.
@@ -45,6 +45,20 @@ pub fn oracle(prompt: &[TokenId], stop: &StopRules, longest: u32) -> Vec<TokenId
         }
     }
     tokens.split_off(prompt.len())
+}
+
+/// A token's score after these words, and as many of the likeliest as are wanted.
+fn score(words: impl Iterator<Item = u64>, token: TokenId, top: u32) -> Sampled {
+    let state = words.fold(11, |state, word| mix(state ^ word).wrapping_add(1));
+    let logprob = -((mix(state ^ u64::from(token)) % 1000) as f32) / 100.0;
+    let likely = |rank| ((mix(state.wrapping_add(rank)) % VOCABULARY) as TokenId, -(rank as f32));
+    Sampled { token, logprob: Some(logprob), top: (0..u64::from(top)).map(likely).collect() }
+}
+
+/// The scores of a prompt's tokens from the second on, by the rules alone.
+pub fn oracle_scores(prompt: &[TokenId], top: u32) -> Vec<Sampled> {
+    let words = |end: usize| prompt[..end].iter().enumerate().map(|(at, &token)| word(token, at as u32));
+    (1..prompt.len()).map(|at| score(words(at), prompt[at], top)).collect()
 }
 
 struct Slot {
@@ -140,7 +154,14 @@ impl Engine {
         for pages in &row.pages {
             assert_eq!(pages.len(), blocks_for(row.start + row.count) as usize, "pages up to the last block");
         }
-        slot.submitted = Some(row.start + row.count);
+        let end = row.start + row.count;
+        if let Some(Score { first, targets, .. }) = &row.score {
+            let last = first + targets.len() as u32 - 1;
+            assert!(!targets.is_empty(), "a score is of tokens");
+            assert!(*first > row.start && last <= end, "tokens {first} to {last} do not follow the row");
+            assert!(last < slot.prompt_tokens, "only the prompt is scored");
+        }
+        slot.submitted = Some(end);
         slot.draws = row.sample;
     }
 
@@ -183,19 +204,25 @@ impl Engine {
         };
         self.write(row, |at, position| word(tokens[at], position));
         let end = row.start + row.count;
-        let sampled = row.sample.then(|| {
-            // Each group in turn: a page misplaced in any of them shows.
-            let words = (0..end).map(|position| {
+        // Each group in turn: a page misplaced in any of them shows.
+        let words = |end: u32| {
+            (0..end).map(|position| {
                 let group = (position as usize / 3) % self.pages.len();
                 let page = row.pages[group][(position / BLOCK_TOKENS) as usize];
                 self.pages[group][page as usize][(position % BLOCK_TOKENS) as usize]
-            });
+            })
+        };
+        let scored = row.score.iter().flat_map(|wanted| {
+            (wanted.first..).zip(&wanted.targets).map(|(at, &token)| score(words(at), token, wanted.top))
+        });
+        let scored = scored.collect();
+        let sampled = row.sample.then(|| {
             let slot = &self.slots[&row.slot];
             let early = end - slot.prompt_tokens < slot.min_tokens;
-            next(words, if early { &slot.suppress } else { &[] })
+            next(words(end), if early { &slot.suppress } else { &[] })
         });
         self.slot(row).last = sampled.or(self.slot(row).last);
         let sampled = sampled.map(|token| Sampled { token, ..Sampled::default() });
-        RowOutcome { slot: row.slot, count: row.count, sampled }
+        RowOutcome { slot: row.slot, count: row.count, sampled, scored }
     }
 }

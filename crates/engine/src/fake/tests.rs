@@ -10,6 +10,7 @@ fn row(slot: u32, start: u32, tokens: &[TokenId], pages: &[u32], sample: bool) -
         input: Input::Known(tokens.to_vec()),
         pages: vec![pages.to_vec()],
         sample,
+        score: None,
     }
 }
 
@@ -70,6 +71,7 @@ fn what_it_draws_is_what_the_oracle_says_however_the_prompt_is_cut() {
                     input: Input::Previous,
                     pages: vec![vec![5, 0, 9]],
                     sample: true,
+                    score: None,
                 }],
                 ..Plan::default()
             };
@@ -149,8 +151,15 @@ fn paced_steps_take_their_time_one_after_the_other() {
         ..Plan::default()
     };
     engine.submit(plan, Time::ZERO);
-    let next =
-        Row { slot: 0, start: 10, count: 1, input: Input::Previous, pages: vec![vec![0]], sample: true };
+    let next = Row {
+        slot: 0,
+        start: 10,
+        count: 1,
+        input: Input::Previous,
+        pages: vec![vec![0]],
+        sample: true,
+        score: None,
+    };
     engine.submit(Plan { id: 2, rows: vec![next], ..Plan::default() }, Time::from_millis(1));
     assert!(engine.collect(Time::from_millis(99)).is_none());
     assert_eq!(engine.ready_at(), Some(Time::from_millis(100)));
@@ -164,7 +173,8 @@ fn paced_steps_take_their_time_one_after_the_other() {
 fn the_h200_curve_meets_the_points_it_was_fitted_to() {
     let spec: FakeSpec = "qwen3-8b@h200".parse().unwrap();
     let time = |start, count, rows: usize| {
-        let row = Row { slot: 0, start, count, input: Input::Previous, pages: vec![], sample: true };
+        let row =
+            Row { slot: 0, start, count, input: Input::Previous, pages: vec![], sample: true, score: None };
         spec.step_time(&vec![row; rows], false).as_secs_f64() * 1e3
     };
     for (given, measured) in [(time(0, 2048, 1), 42.3), (time(0, 8192, 1), 201.7), (time(2048, 1, 32), 7.64)]

@@ -179,6 +179,10 @@ impl Driver {
         (0..blocks_for(tokens)).map(|_| self.free.pop().expect("the test's pool is large enough")).collect()
     }
 
+    pub fn give_back(&mut self, pages: impl IntoIterator<Item = u32>) {
+        self.free.extend(pages);
+    }
+
     pub fn plan(&mut self, open: Vec<SlotOpen>, close: Vec<u32>, rows: Vec<Row>) -> Plan {
         self.plans += 1;
         Plan { id: self.plans, open, close, rows, same_shape_steps: 1 }
@@ -271,7 +275,7 @@ pub fn open_slot(slot: u32, tokens: &[TokenId]) -> SlotOpen {
 pub fn row(slot: u32, start: usize, input: Input, count: usize, pages: &[u32], sample: bool) -> Row {
     let blocks = blocks_for((start + count) as u32) as usize;
     let pages = vec![pages[..blocks.min(pages.len())].to_vec()];
-    Row { slot, start: start as u32, count: count as u32, input, pages, sample }
+    Row { slot, start: start as u32, count: count as u32, input, pages, sample, score: None }
 }
 
 struct Running {

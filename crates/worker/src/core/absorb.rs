@@ -20,6 +20,7 @@ impl Core {
                         self.kv.progress(*lease, tokens);
                     }
                 }
+                Event::Scored { id, position, scores } => self.push_scores(id, position, &scores),
                 Event::Token { id, position, sampled } => {
                     let Some(leg) = self.legs.get_mut(&id) else { continue };
                     let first = leg.first_token_at.replace(leg.first_token_at.unwrap_or(now)).is_none();
@@ -98,7 +99,7 @@ impl Core {
         self.by_lease.insert(lease, id);
         self.legs.get_mut(&id).expect("looked up above").lease = Some((lease, groups.clone()));
         let handle = self.handle(lease, groups, tokens);
-        let granted = v1::Granted { handle: Some((&handle).into()), cached_tokens: cached };
+        let granted = v1::Granted { handle: Some(Box::new((&handle).into())), cached_tokens: cached };
         self.push_event(session, name, v1::event::Event::Granted(granted));
     }
 

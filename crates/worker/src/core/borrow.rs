@@ -119,7 +119,8 @@ impl Core {
         let holders = &self.legs.get(&id)?.holders;
         let own = &self.constants.id;
         let best = holders.iter().filter(|h| h.worker != *own).max_by_key(|holder| holder.blocks)?;
-        if self.batcher.waiting() > 0 {
+        // What is to be scored is computed here.
+        if self.batcher.waiting() > 0 || spec.score.is_some() {
             return None;
         }
         let mut chain = HashChain::new(spec.seed);

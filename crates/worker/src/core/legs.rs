@@ -11,6 +11,9 @@ use tandem_types::{
 use super::borrow::Holder;
 use super::{Core, Output, SessionId};
 
+/// Scores of an event at most: with all their alternatives a few kibibytes.
+const SCORES_MAX: usize = 64;
+
 /// An attempt that is live on this worker.
 #[derive(Debug)]
 pub(super) struct Leg {
@@ -263,6 +266,17 @@ impl Core {
 
     pub(super) fn push_event(&mut self, session: SessionId, leg: u32, event: v1::event::Event) {
         self.output.push(Output::Event { session, leg, event });
+    }
+
+    /// A chunk's scores, as events of bounded size.
+    pub(super) fn push_scores(&mut self, id: SequenceId, position: u32, scores: &[Sampled]) {
+        let Some(leg) = self.legs.get(&id) else { return };
+        let (session, name) = (leg.session, leg.name);
+        for (position, scores) in (position..).step_by(SCORES_MAX).zip(scores.chunks(SCORES_MAX)) {
+            let logprobs = scores.iter().filter_map(tandem_proto::convert::token_logprob).collect();
+            let scored = v1::Scored { position, logprobs };
+            self.push_event(session, name, v1::event::Event::Scored(scored));
+        }
     }
 
     pub(super) fn push_delta(&mut self, session: SessionId, leg: u32, position: u32, sampled: &Sampled) {

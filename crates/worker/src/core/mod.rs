@@ -63,8 +63,6 @@ pub struct Constants {
 }
 
 /// Something for the rim to do. In order.
-// Only a grant is large, once per request; deltas would pay for a box each.
-#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum Output {
     /// An event of a leg, for the frame of its session.

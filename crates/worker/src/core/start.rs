@@ -1,6 +1,6 @@
 //! The one verb: what a `Start` must be to begin, and which way it goes.
 
-use tandem_batching::{Origin, SequenceId, SequenceSpec};
+use tandem_batching::{Origin, Scoring, SequenceId, SequenceSpec};
 use tandem_kv_cache::{FirstTokenBundle, Table, chain_seed};
 use tandem_proto::{convert, v1};
 use tandem_types::{
@@ -137,8 +137,14 @@ impl Core {
         if until == Until::Hidden {
             return unsupported("computing hidden states");
         }
-        if start.rows_wanted != v1::RowsWanted::None as i32 {
-            return unsupported("returning rows of the prompt");
+        match v1::RowsWanted::try_from(start.rows_wanted) {
+            Ok(v1::RowsWanted::None) => {}
+            Ok(v1::RowsWanted::PromptLogprobs) if start.inputs.is_empty() => {}
+            Ok(v1::RowsWanted::PromptLogprobs) => {
+                let message = "what was computed elsewhere cannot be scored here".to_owned();
+                return Err((v1::RefuseReason::Invalid, message));
+            }
+            _ => return unsupported("returning rows of the prompt"),
         }
         if !start.adapter.is_empty() {
             return unsupported("an adapter");
@@ -185,6 +191,8 @@ impl Core {
             },
             arrived: Time(now.0.saturating_sub(waited.as_nanos() as u64)),
             seed: chain_seed(&constants.identity, constants.strict, &start.salt, &start.adapter),
+            score: (start.rows_wanted() == v1::RowsWanted::PromptLogprobs)
+                .then_some(Scoring { from: start.score_from.max(1), top: start.score_top }),
         };
         let key = LegKey {
             request: RequestId(request),

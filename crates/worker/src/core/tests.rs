@@ -87,7 +87,7 @@ impl Worker {
             Output::Event { event: Event::Granted(granted), .. } => granted.handle,
             _ => None,
         });
-        Handle::try_from(&found.expect("a grant")).expect("a handle")
+        Handle::try_from(&*found.expect("a grant")).expect("a handle")
     }
 
     fn assert_idle(&self) {
@@ -98,10 +98,16 @@ impl Worker {
 }
 
 fn outcome(plan: &Plan, token: u32) -> Outcome {
+    let scored = |row: &tandem_batching::Row| {
+        let targets = row.score.iter().flat_map(|score| (score.first..).zip(&score.targets));
+        let scored = |(at, &token)| Sampled { token, logprob: Some(-(at as f32)), top: vec![(token, -0.5)] };
+        targets.map(scored).collect()
+    };
     let rows = plan.rows.iter().map(|row| RowOutcome {
         slot: row.slot,
         count: row.count,
         sampled: row.sample.then(|| Sampled { token, ..Sampled::default() }),
+        scored: scored(row),
     });
     Outcome { id: plan.id, rows: rows.collect(), took: Duration::ZERO }
 }
@@ -110,6 +116,7 @@ fn say(output: &Output) -> Option<String> {
     match output {
         Output::Event { leg, event, .. } => Some(match event {
             Event::Delta(delta) => format!("{leg}: delta {}={:?}", delta.position, delta.tokens),
+            Event::Scored(scored) => format!("{leg}: scored {}+{}", scored.position, scored.logprobs.len()),
             Event::Granted(_) => format!("{leg}: granted"),
             Event::Finished(finished) => format!("{leg}: finished {}", finished.reason().as_str_name()),
             Event::Released(_) => format!("{leg}: released"),
@@ -506,5 +513,86 @@ fn prompt(leg: u32, blocks: u32, until: v1::Until) -> v1::Start {
         tokens: (0..blocks * 32).map(|token| token + leg * 1000).collect(),
         prompt_tokens: blocks * 32,
         ..start(leg, 1, until)
+    }
+}
+
+/// A Start for a prompt of 200 tokens, to be scored from a position on.
+fn scored(leg: u32, attempt: u32, from: u32) -> v1::Start {
+    v1::Start {
+        tokens: (0..200).collect(),
+        prompt_tokens: 200,
+        rows_wanted: v1::RowsWanted::PromptLogprobs as i32,
+        score_from: from,
+        score_top: 1,
+        ..start(leg, attempt, v1::Until::FirstToken)
+    }
+}
+
+#[test]
+fn a_prompts_scores_come_in_small_events_before_its_first_token() {
+    let mut w = Worker::new("w");
+    assert!(w.start(scored(1, 1, 0)).is_empty());
+    let said = w.step(7);
+    assert_eq!(
+        said,
+        [
+            "1: granted",
+            "1: scored 1+64",
+            "1: scored 65+64",
+            "1: scored 129+64",
+            "1: scored 193+7",
+            "1: delta 0=[7]"
+        ]
+    );
+    w.core.cancel(w.session, 1, w.now);
+    w.said();
+    // Placed again after positions up to 99 were scored: what stands before them may come from the cache.
+    w.core.start(w.session, scored(2, 2, 100), w.now);
+    let plan = w.core.plan(w.now).expect("a prompt");
+    assert_eq!((plan.rows[0].start, plan.rows[0].count), (96, 104));
+    w.core.collected(outcome(&plan, 7), &[], w.now);
+    assert_eq!(w.said()[1..], ["2: scored 100+64", "2: scored 164+36", "2: delta 0=[7]"]);
+    // From the first one on there is nothing that could be taken from there.
+    w.core.cancel(w.session, 2, w.now);
+    w.core.start(w.session, scored(3, 3, 1), w.now);
+    assert_eq!(w.core.plan(w.now).expect("a prompt").rows[0].start, 0);
+}
+
+#[test]
+fn scores_say_the_log_probability_of_each_token_and_its_alternatives() {
+    let mut w = Worker::new("w");
+    w.core.start(w.session, scored(1, 1, 1), w.now);
+    let plan = w.core.plan(w.now).expect("a prompt");
+    w.core.collected(outcome(&plan, 7), &[], w.now);
+    let output = w.core.take_output();
+    let first = output.iter().find_map(|output| match output {
+        Output::Event { event: Event::Scored(scored), .. } => Some(scored.clone()),
+        _ => None,
+    });
+    let first = first.expect("scores");
+    let score = convert::sampled(2, Some(&first.logprobs[1]));
+    assert_eq!(score, Sampled { token: 2, logprob: Some(-2.0), top: vec![(2, -0.5)] });
+}
+
+#[test]
+fn what_is_to_be_scored_is_not_borrowed_and_not_taken_over() {
+    let holder = v1::Holder { worker: "other".into(), incarnation: 1, lender: "other:1".into(), blocks: 6 };
+    let mut w = Worker::new("w");
+    assert_eq!(w.start(v1::Start { holders: vec![holder.clone()], ..scored(1, 1, 1) }), Vec::<String>::new());
+    w.core.cancel(w.session, 1, w.now);
+    w.said();
+    let plain = v1::Start { rows_wanted: 0, ..scored(2, 2, 1) };
+    assert_eq!(w.start(v1::Start { holders: vec![holder], ..plain }), ["pull"], "that is how others do it");
+
+    let mut p = Worker::new("p");
+    p.core.start(p.session, start(1, 1, v1::Until::FirstToken), p.now);
+    p.core.plan(p.now).expect("a prompt");
+    let taken =
+        v1::Start { rows_wanted: v1::RowsWanted::PromptLogprobs as i32, ..start(4, 2, v1::Until::End) };
+    let handle = p.handle();
+    assert_eq!(w.start(with_handle(taken, &handle)), ["4: refused REFUSE_REASON_INVALID"]);
+    for rows_wanted in [v1::RowsWanted::Last as i32, 77] {
+        let other = v1::Start { rows_wanted, ..start(5, 1, v1::Until::End) };
+        assert_eq!(w.start(other), ["5: refused REFUSE_REASON_UNSUPPORTED"]);
     }
 }

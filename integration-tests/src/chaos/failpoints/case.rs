@@ -83,6 +83,8 @@ pub struct Ask {
     pub streamed: bool,
     /// Asks for log probabilities, which make events long.
     pub logprobs: bool,
+    /// Asks for those of its prompt too.
+    pub scored: bool,
     /// When the client leaves, if it does.
     pub leaves: Option<Duration>,
     /// After how many events it stops reading, and for how long.
@@ -130,7 +132,11 @@ impl Case {
         }
         let prefix = random.prompt(96);
         let asks = (0..random.within(4..9)).map(|index| ask(index, situation, &prefix, &mut random));
-        let asks = asks.collect();
+        let mut asks: Vec<Ask> = asks.collect();
+        for ask in asks.iter_mut().filter(|ask| ask.stalls.is_none()) {
+            ask.logprobs |= point == "frame.scored";
+            ask.scored = ask.logprobs;
+        }
         let flips = (0..random.within(0..3)).filter(|_| situation == Situation::Ordinary).map(|_| Flip {
             at: Duration::from_millis(random.within(0..3000)),
             worker: random.within(0..all),
@@ -209,7 +215,7 @@ fn nth(point: &str, random: &mut Random) -> u32 {
         "session.cancel" => 2,
         "follow.claim" | "follow.claimed" | "follow.ready" | "follow.sealed" => 3,
         "pull.request" | "pull.gate" | "pull.completion" | "end.request" | "end.reply" => 3,
-        "frame.finished" => 3,
+        "frame.finished" | "frame.scored" => 3,
         _ => 1,
     };
     random.within(1..among + 1) as u32
@@ -243,6 +249,7 @@ fn ask(index: u64, situation: Situation, prefix: &[u32], random: &mut Random) ->
         seed: random.percent(40).then(|| random.within(0..1 << 40)),
         streamed: slow || random.percent(70),
         logprobs: slow || random.percent(10),
+        scored: false,
         leaves: match situation {
             _ if slow => None,
             Situation::Leaving => random.percent(70).then(|| random.within(0..500)),

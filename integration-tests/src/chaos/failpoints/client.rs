@@ -10,7 +10,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tandem_chassis::seam;
-use tandem_engine::fake::{Ordinary, oracle};
+use tandem_engine::fake::{Ordinary, oracle, oracle_scores};
 use tandem_types::{Choice, SamplingParams};
 
 use super::case::Ask;
@@ -69,6 +69,7 @@ fn body(model: &str, ask: &Ask) -> Value {
     }
     if ask.logprobs {
         body["logprobs"] = json!(5);
+        body["echo"] = json!(ask.scored);
     }
     body
 }
@@ -77,7 +78,10 @@ fn body(model: &str, ask: &Ask) -> Value {
 struct Answer<'a> {
     ask: &'a Ask,
     right: Vec<Vec<u32>>,
+    /// Log probabilities that every choice begins with.
+    scores: Vec<Option<f32>>,
     tokens: Vec<Vec<u32>>,
+    logprobs: Vec<Vec<Option<f32>>>,
     finished: Vec<bool>,
     usage: Option<Value>,
     error: Option<String>,
@@ -93,10 +97,13 @@ impl<'a> Answer<'a> {
         };
         let right = (0..ask.choices)
             .map(|choice| oracle(ordinary, &ask.prompt, &sampling, Choice(choice), ask.tokens as usize));
+        let scores = oracle_scores(ordinary, &ask.prompt, 0).into_iter().map(|scored| scored.logprob);
         Answer {
             ask,
             right: right.collect(),
+            scores: std::iter::once(None).chain(scores).filter(|_| ask.scored).collect(),
             tokens: vec![Vec::new(); ask.choices as usize],
+            logprobs: vec![Vec::new(); ask.choices as usize],
             finished: vec![false; ask.choices as usize],
             usage: None,
             error: None,
@@ -172,8 +179,22 @@ impl<'a> Answer<'a> {
             let at = tokens.iter().zip(right).position(|(is, should)| is != should).unwrap_or(right.len());
             return Err(format!("choice {index} is wrong from token {at} of {}", tokens.len()));
         }
+        let came = choice["logprobs"]["token_logprobs"].as_array().into_iter().flatten();
+        self.logprobs[index].extend(came.map(|logprob| logprob.as_f64().map(|logprob| logprob as f32)));
+        let logprobs = &self.logprobs[index];
+        let wrong = logprobs.iter().zip(&self.scores).position(|(is, should)| is != should);
+        if let Some(at) = wrong {
+            let (is, should) = (&logprobs[at], &self.scores[at]);
+            return Err(format!(
+                "choice {index} scores position {at} of the prompt {is:?} and not {should:?}"
+            ));
+        }
         if choice["finish_reason"].is_string() {
             self.finished[index] = true;
+            let wanted = if self.ask.logprobs { self.scores.len() + right.len() } else { 0 };
+            if logprobs.len() != wanted {
+                return Err(format!("choice {index} has {} log probabilities of {wanted}", logprobs.len()));
+            }
             if tokens.len() != right.len() {
                 return Err(format!("choice {index} ends with {} of {} tokens", tokens.len(), right.len()));
             }

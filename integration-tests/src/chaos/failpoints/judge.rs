@@ -148,6 +148,7 @@ fn plain(name: &str, length: u64, tokens: u32) -> Ask {
         seed: None,
         streamed: true,
         logprobs: false,
+        scored: false,
         leaves: None,
         stalls: None,
     }

@@ -49,7 +49,7 @@ pub(crate) async fn warm(world: &World) {
             let request = Request { id, prompt: vec![1, 2, id as u32 % 370], tokens: 2 };
             let mut prefill = sessions[owner].start(request.start(1, v1::Until::FirstToken));
             let Some(event::Event::Granted(granted)) = prefill.next().await else { continue };
-            let inputs = granted.handle.into_iter().collect();
+            let inputs = granted.handle.into_iter().map(|handle| *handle).collect();
             let start = v1::Start { inputs, after: 1, ..request.start(2, v1::Until::End) };
             let mut decode = sessions[puller].start(start);
             if let Some(event::Event::Delta(_)) = decode.next().await {
@@ -91,7 +91,7 @@ async fn act(world: &World, plot: Plot, seed: u64, ordinary: &Ordinary) -> Ended
         }
     };
     let follows = |attempt| v1::Start {
-        inputs: handle.iter().cloned().collect(),
+        inputs: handle.iter().map(|handle| v1::Handle::clone(handle)).collect(),
         after: 1,
         ..request.start(attempt, v1::Until::End)
     };

@@ -586,6 +586,22 @@ check("completions: the likeliest of best_of, and the prompt's echo", async () =
   same((await complete(PROMPT, { echo: true, max_tokens: 0 })).choices[0].text, PROMPT);
 });
 
+check("completions: echo with logprobs scores the prompt as drawing it would", async () => {
+  const answer = await complete(PROMPT, { echo: true, logprobs: 2, max_tokens: 0 });
+  const scores = answer.choices[0].logprobs;
+  same([scores.tokens.join(""), answer.usage.completion_tokens], [PROMPT, 0]);
+  same([scores.token_logprobs[0], scores.top_logprobs[0]], [null, null]);
+  assert(scores.token_logprobs.slice(1).every((score) => score <= 0));
+  const drawn = (await complete(PROMPT, { logprobs: 2, max_tokens: 6 })).choices[0];
+  const both = (await complete(PROMPT, { echo: true, logprobs: 2, max_tokens: 6 })).choices[0].logprobs;
+  same(both.token_logprobs, [...scores.token_logprobs, ...drawn.logprobs.token_logprobs]);
+  const given = { echo: true, logprobs: 2, max_tokens: 0 };
+  const again = (await complete(PROMPT + drawn.text, given)).choices[0].logprobs;
+  if (again.tokens.join() === both.tokens.join()) {
+    same(again.token_logprobs.slice(scores.tokens.length), drawn.logprobs.token_logprobs);
+  }
+});
+
 // --- errors
 
 check("errors: an unknown model is not found", async () => {

@@ -573,6 +573,22 @@ def _():
     same(complete(echo=True, max_tokens=0).choices[0].text, PROMPT)
 
 
+@check("completions: echo with logprobs scores the prompt as drawing it would")
+def _():
+    answer = complete(echo=True, logprobs=2, max_tokens=0)
+    scores = answer.choices[0].logprobs
+    same(("".join(scores.tokens), answer.usage.completion_tokens), (PROMPT, 0))
+    same((scores.token_logprobs[0], scores.top_logprobs[0]), (None, None))
+    assert all(score <= 0 for score in scores.token_logprobs[1:])
+    drawn = complete(logprobs=2, max_tokens=6).choices[0]
+    both = complete(echo=True, logprobs=2, max_tokens=6).choices[0].logprobs
+    prompt = len(scores.tokens)
+    same(both.token_logprobs, scores.token_logprobs + drawn.logprobs.token_logprobs)
+    again = complete(prompt=PROMPT + drawn.text, echo=True, logprobs=2, max_tokens=0).choices[0].logprobs
+    if again.tokens == both.tokens:
+        same(again.token_logprobs[prompt:], drawn.logprobs.token_logprobs)
+
+
 def run_async(function):
     async def with_client():
         async with async_client() as client:

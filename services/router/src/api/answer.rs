@@ -36,7 +36,7 @@ pub(crate) struct Piece {
     /// They themselves, where the client wants to see them or choices are compared.
     pub(crate) tokens: Vec<Sampled>,
     /// Tokens of the prompt that begin `text`, where the client wants to see them.
-    pub(crate) echoed: Vec<Sampled>,
+    pub(crate) echoed: Arc<[Sampled]>,
 }
 
 impl Piece {
@@ -45,7 +45,9 @@ impl Piece {
         self.text.push_str(&next.text);
         self.drawn += next.drawn;
         self.tokens.extend(next.tokens);
-        self.echoed.extend(next.echoed);
+        if self.echoed.is_empty() {
+            self.echoed = next.echoed;
+        }
     }
 
     /// Mean log probability of its tokens: what `best_of` goes by.
@@ -145,7 +147,8 @@ impl Answer {
                     traceparent: traceparent.clone(),
                     share,
                     unseen: !parameters.stream,
-                    score_prompt,
+                    // What is true of one choice's prompt is true of all.
+                    score_prompt: score_prompt.filter(|_| choice == 0),
                 });
             }
         }
@@ -159,8 +162,13 @@ impl Answer {
             let steps = stream::select_all(ends);
             return Ok(Answer { prompts, route: None, choices, steps, output_tokens: 0, cached_tokens: 0 });
         }
-        let generations =
+        let mut generations =
             try_join_all(requests.into_iter().map(|request| app.generate.start(request))).await?;
+        let draws = parameters.draws as usize;
+        for (generations, texts) in generations.chunks_mut(draws).zip(texts.chunks_mut(draws)) {
+            let scores: Arc<[Sampled]> = generations[0].take_scores().into();
+            texts.iter_mut().for_each(|text| text.next.echoed = scores.clone());
+        }
         let route = generations.first().and_then(|generation| generation.route().cloned());
         let steps = generations.into_iter().zip(texts).enumerate();
         let steps =
@@ -258,12 +266,9 @@ impl ChoiceText {
     /// What an event of the generation means; `None` if there is nothing to say yet.
     fn on(&mut self, event: GenerateEvent) -> Option<Step> {
         match event {
-            GenerateEvent::Routed(_) => None,
+            // Both were there before the first token.
+            GenerateEvent::Routed(_) | GenerateEvent::Scored(_) => None,
             GenerateEvent::Failed(error) => Some(Step::Failed(error)),
-            GenerateEvent::Scored(scores) => {
-                self.next.echoed = scores;
-                None
-            }
             GenerateEvent::Token { .. } if self.discards => None,
             GenerateEvent::Token { sampled, .. } => self.on_token(sampled),
             GenerateEvent::Finished { reason, usage } => Some(self.on_finished(reason, usage.cached_tokens)),

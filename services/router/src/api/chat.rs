@@ -169,8 +169,8 @@ fn read_message(i: usize, message: Raw) -> Result<Message, ApiError> {
     let role = message.take("role").ok_or_else(|| missing("role"))?;
     let role = fields::string(&at("role"), "a string", role)?;
     if !ROLES.contains(&role.as_str()) {
-        let (said, known): (String, String) = (role.chars().take(64).collect(), ROLES.join(", "));
-        return Err(ApiError::invalid(&at("role"), format!("{said:?} is not a role; known are {known}")));
+        let (said, known) = (fields::quoted(&role), ROLES.join(", "));
+        return Err(ApiError::invalid(&at("role"), format!("{said} is not a role; known are {known}")));
     }
     if let Some(calls) = message.take("tool_calls")
         && fields::small(calls).is_none_or(|calls| calls.as_array().is_none_or(|calls| !calls.is_empty()))
@@ -189,7 +189,8 @@ fn read_message(i: usize, message: Raw) -> Result<Message, ApiError> {
 }
 
 fn read_parts(i: usize, parts: Raw) -> Result<String, ApiError> {
-    let mut text = String::new();
+    // All parts in one text, which no part makes grow.
+    let mut text = String::with_capacity(parts.get().len());
     let wanted = "a string or a list of parts";
     fields::each(&format!("messages[{i}].content"), wanted, parts, |j, part| {
         let at = format!("messages[{i}].content[{j}]");
@@ -200,8 +201,7 @@ fn read_parts(i: usize, parts: Raw) -> Result<String, ApiError> {
                 let piece = part.take("text");
                 let piece =
                     piece.ok_or_else(|| ApiError::invalid(&at, format!("{at}.text must be a string")))?;
-                text.push_str(&fields::string(&at, "text that is a string", piece)?);
-                Ok(())
+                fields::append_string(&at, "text that is a string", piece, &mut text)
             }
             Some(other) => {
                 let message =

@@ -24,6 +24,8 @@ use crate::text::Model;
 
 /// Prompts of a request at most.
 const PROMPTS_MAX: usize = 256;
+/// Tokens of all prompts of a request that may be scored: each has a place in an answer of some hundred bytes.
+const SCORED_MAX: usize = 1 << 20;
 /// What OpenAI's endpoint draws where nothing is said.
 const MAX_TOKENS: u32 = 16;
 
@@ -74,6 +76,14 @@ pub(super) fn read(body: Bytes, model: &Model) -> Result<Read, ApiError> {
     drop(fields);
     drop(body);
     let prompts = given.iter().map(|given| given.encode(model)).collect::<Result<Vec<_>, _>>()?;
+    let scored = prompts.iter().map(|prompt| prompt.len()).sum::<usize>();
+    if echo && parameters.logprobs.is_some() && scored > SCORED_MAX {
+        let message = format!(
+            "echo with logprobs may score {SCORED_MAX} tokens in a request, and the prompts have {scored}; send them \
+             in several requests"
+        );
+        return Err(ApiError::invalid("prompt", message));
+    }
     let texts = given.into_iter().zip(&prompts).map(|(given, ids)| given.text(ids, model));
     let echo = echo.then(|| texts.collect());
     if parameters.max_tokens.is_none() {
@@ -299,12 +309,23 @@ impl Writer {
             *offset += text.chars().count();
             logprobs.tokens.push(text);
             logprobs.token_logprobs.push(logprob.map(json_logprob));
-            let pairs =
-                top.iter().map(|&(token, l)| (self.model.token_text(token), Value::from(json_logprob(l))));
             // The first token of a prompt has nothing before it that could tell.
-            logprobs.top_logprobs.push(logprob.map(|_| pairs.take(wanted as usize).collect()));
+            logprobs
+                .top_logprobs
+                .push(logprob.map(|_| self.likeliest(&top[..top.len().min(wanted as usize)])));
         }
         Some(logprobs)
+    }
+}
+
+impl Writer {
+    /// By their texts. Of tokens with the same text, such as halves of characters, the likeliest stands for all.
+    fn likeliest(&self, top: &[(TokenId, f32)]) -> Map<String, Value> {
+        let mut likeliest = Map::new();
+        for &(token, logprob) in top {
+            likeliest.entry(self.model.token_text(token)).or_insert_with(|| json_logprob(logprob).into());
+        }
+        likeliest
     }
 }
 
@@ -319,5 +340,32 @@ impl Chunks for Writer {
     fn usage(&mut self, out: &mut Vec<u8>, usage: Usage) {
         let none: [Choice; 0] = [];
         sse::event(out, &Completion { usage: Some(Some(usage)), ..self.completion(none) });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+
+    #[test]
+    fn so_many_tokens_of_prompts_are_scored_in_a_request_and_no_more() {
+        let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../integration-tests/checkpoints/qwen3");
+        let model = Model::open(&dir, "tiny".into(), Some(1 << 22)).expect("it is committed");
+        let read = |tokens: usize, more: &str| {
+            let prompt = vec!["1"; tokens / 2].join(",");
+            let odd = if tokens.is_multiple_of(2) { "" } else { ",2" };
+            let body = format!(
+                r#"{{"model": "tiny", "prompt": [[{prompt}], [{prompt}{odd}]], "max_tokens": 0{more}}}"#
+            );
+            super::read(body.into(), &model).map(|(_, prompts, _)| prompts.len())
+        };
+        let scored = r#", "echo": true, "logprobs": 1"#;
+        assert_eq!(read(SCORED_MAX, scored).ok(), Some(2));
+        assert_eq!(read(SCORED_MAX + 1, r#", "echo": true"#).ok(), Some(2));
+        assert_eq!(read(SCORED_MAX + 1, r#", "logprobs": 1"#).ok(), Some(2));
+        let error = format!("{:?}", read(SCORED_MAX + 1, scored).expect_err("too many"));
+        assert!(error.contains("1048576 tokens in a request, and the prompts have 1048577"), "{error}");
     }
 }

@@ -8,11 +8,12 @@ use std::collections::HashMap;
 use std::fmt;
 
 use serde::Deserialize;
-use serde::de::{DeserializeSeed, Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer as _, Error as _, MapAccess, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use serde_json::{Deserializer, Map, Value};
 
 use super::error::ApiError;
+use super::strings;
 
 /// Fields of an object at most; the API knows some dozens.
 const FIELDS_MAX: usize = 1024;
@@ -152,11 +153,30 @@ pub(crate) fn kind(value: Raw) -> Kind {
 
 /// A string, or an error that says what was wanted.
 pub(crate) fn string(name: &str, wanted: &str, value: Raw) -> Result<String, ApiError> {
+    let mut text = String::new();
+    append_string(name, wanted, value, &mut text)?;
+    Ok(text)
+}
+
+/// Appends a string to a text, or says what was wanted.
+pub(crate) fn append_string(name: &str, wanted: &str, value: Raw, text: &mut String) -> Result<(), ApiError> {
     if kind(value) != Kind::String {
         return Err(wrong_type(name, wanted, value));
     }
-    serde_json::from_str(value.get())
+    if text.is_empty() {
+        // No more than it needs, and no less.
+        text.reserve_exact(value.get().len() - 2);
+    }
+    strings::append(value, text)
         .map_err(|error| ApiError::invalid(name, format!("{name} is not a valid string: {error}")))
+}
+
+/// The beginning of what a client has said, to be quoted in an error.
+pub(crate) fn quoted(said: &str) -> String {
+    const CHARS: usize = 64;
+    let beginning: String = said.chars().take(CHARS).collect();
+    let rest = if beginning.len() < said.len() { "..." } else { "" };
+    format!("{beginning:?}{rest}")
 }
 
 /// A finite number.
@@ -267,31 +287,10 @@ fn depth(text: &str) -> usize {
 /// An object in which no key is there twice: which of the two counts would be anybody's guess.
 struct Unique<'a>(HashMap<Cow<'a, str>, Raw<'a>>);
 
-/// A key, borrowed where it has no escapes.
-struct Key;
-
-impl<'de> DeserializeSeed<'de> for Key {
-    type Value = Cow<'de, str>;
-
-    fn deserialize<D: serde::Deserializer<'de>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
-        deserializer.deserialize_str(self)
-    }
-}
-
-impl<'de> Visitor<'de> for Key {
-    type Value = Cow<'de, str>;
-
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("a key")
-    }
-
-    fn visit_borrowed_str<E>(self, key: &'de str) -> Result<Self::Value, E> {
-        Ok(Cow::Borrowed(key))
-    }
-
-    fn visit_str<E>(self, key: &str) -> Result<Self::Value, E> {
-        Ok(Cow::Owned(key.to_owned()))
-    }
+/// The next key of an object, borrowed where it has no escapes.
+fn next_key<'de, A: MapAccess<'de>>(map: &mut A) -> Result<Option<Cow<'de, str>>, A::Error> {
+    let key = map.next_key::<Raw>()?;
+    key.map(|key| strings::read(key).map_err(|half| A::Error::custom(format!("a key: {half}")))).transpose()
 }
 
 impl<'de> Deserialize<'de> for Unique<'de> {
@@ -307,12 +306,12 @@ impl<'de> Deserialize<'de> for Unique<'de> {
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
                 let mut fields = HashMap::new();
-                while let Some(key) = map.next_key_seed(Key)? {
+                while let Some(key) = next_key(&mut map)? {
                     if fields.len() == FIELDS_MAX {
                         return Err(A::Error::custom(format!("an object may have {FIELDS_MAX} keys")));
                     }
                     if fields.contains_key(&key) {
-                        return Err(A::Error::custom(format!("key {key:?} is there twice")));
+                        return Err(A::Error::custom(format!("key {} is there twice", quoted(&key))));
                     }
                     fields.insert(key, map.next_value()?);
                 }
@@ -364,7 +363,7 @@ impl<'de, F: FnMut(Cow<'de, str>, Raw<'de>) -> Result<(), ApiError>> Visitor<'de
     }
 
     fn visit_map<A: MapAccess<'de>>(mut self, mut map: A) -> Result<(), A::Error> {
-        while let Some(key) = map.next_key_seed(Key)? {
+        while let Some(key) = next_key(&mut map)? {
             if let Err(error) = (self.take)(key, map.next_value()?) {
                 *self.failed = Some(error);
                 return Err(A::Error::custom("it was refused"));

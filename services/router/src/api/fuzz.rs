@@ -84,7 +84,7 @@ impl Harness {
                 logprob: Some(if byte == 0 { f32::NAN } else { -f32::from(byte) }),
                 top: vec![(TokenId::from(byte), f32::NEG_INFINITY)],
             });
-            let piece = Piece { text, drawn: 1, tokens: tokens.collect(), echoed: Vec::new() };
+            let piece = Piece { text, drawn: 1, tokens: tokens.collect(), echoed: Default::default() };
             let finish = Finish { reason: "stop", stop_reason: None, cached_tokens: 0 };
             writer.piece(&mut out, 0, piece, i == 0, (i + 1 == parts.len()).then_some(&finish));
         }

@@ -11,6 +11,7 @@ mod health;
 mod models;
 mod parameters;
 mod sse;
+mod strings;
 #[cfg(test)]
 mod tests;
 mod tokenize;
@@ -151,31 +152,69 @@ pub(crate) async fn read_body(app: &App, headers: &HeaderMap, body: Body) -> Res
     if length.is_some_and(|length| length > max as u64) {
         return Err(ApiError::too_large(max).before_the_body());
     }
-    receive(body, length.unwrap_or(0) as usize, max).await
+    receive(body, max).await
 }
 
 /// The bytes of a body, which must not come too slowly: after ten seconds a kibibyte a second on average.
-async fn receive(mut body: Body, length: usize, max: usize) -> Result<Bytes, ApiError> {
+async fn receive(mut body: Body, max: usize) -> Result<Bytes, ApiError> {
     const PATIENCE: Duration = Duration::from_secs(10);
     const BYTES_PER_SECOND: u64 = 1024;
     let began = seam::now();
-    // What is announced is not there yet: memory is taken as it comes.
-    let mut bytes = BytesMut::with_capacity(length.min(64 << 10));
+    let mut pieces = Pieces::default();
     loop {
-        let earned = Duration::from_secs(bytes.len() as u64 / BYTES_PER_SECOND);
+        let earned = Duration::from_secs(pieces.len as u64 / BYTES_PER_SECOND);
         let limit = (began + PATIENCE + earned).remaining(seam::now());
         match seam::timeout(limit, body.frame()).await {
             Err(_) => return Err(ApiError::body_timeout().before_the_body()),
-            Ok(None) => return Ok(bytes.freeze()),
+            Ok(None) => return Ok(pieces.joined()),
             Ok(Some(Err(_))) => return Err(ApiError::invalid_body("the body broke off").before_the_body()),
             Ok(Some(Ok(frame))) => {
                 let Some(data) = frame.data_ref() else { continue };
-                if bytes.len() + data.len() > max {
+                if pieces.len + data.len() > max {
                     return Err(ApiError::too_large(max).before_the_body());
                 }
-                bytes.extend_from_slice(data);
+                pieces.take(data);
             }
         }
+    }
+}
+
+/// A body that is coming. What is announced is not there yet, so memory is taken as it comes, and in pieces: one
+/// buffer that doubles would be three times the body just after it has grown.
+#[derive(Default)]
+struct Pieces {
+    full: Vec<BytesMut>,
+    last: BytesMut,
+    len: usize,
+}
+
+impl Pieces {
+    const BYTES: usize = 64 << 10;
+
+    fn take(&mut self, mut data: &[u8]) {
+        self.len += data.len();
+        while !data.is_empty() {
+            if self.last.len() == self.last.capacity() {
+                // The first takes what has come; each further one takes as much as all before it, up to a limit.
+                let room = data.len().max((self.len - data.len()).min(Self::BYTES));
+                let full = std::mem::replace(&mut self.last, BytesMut::with_capacity(room));
+                self.full.extend(Some(full).filter(|full| !full.is_empty()));
+            }
+            let (now, later) = data.split_at(data.len().min(self.last.capacity() - self.last.len()));
+            self.last.extend_from_slice(now);
+            data = later;
+        }
+    }
+
+    /// The whole; a piece is given back as soon as it is copied.
+    fn joined(mut self) -> Bytes {
+        if self.full.is_empty() {
+            return self.last.freeze();
+        }
+        let mut whole = BytesMut::with_capacity(self.len);
+        self.full.push(self.last);
+        self.full.into_iter().for_each(|piece| whole.extend_from_slice(&piece));
+        whole.freeze()
     }
 }
 

@@ -185,7 +185,8 @@ fn refuse_unsupported(fields: &mut Fields) -> Result<(), ApiError> {
     match format.string("type")?.as_deref() {
         Some("text") => Ok(()),
         Some(other) => {
-            let message = format!("response_format {other:?} is not supported in this version; it has text");
+            let said = fields::quoted(other);
+            let message = format!("response_format {said} is not supported in this version; it has text");
             Err(ApiError::unsupported("response_format", message))
         }
         None => Err(ApiError::invalid("response_format", "response_format needs a type, such as text")),
@@ -324,6 +325,9 @@ fn take_class(fields: &mut Fields) -> Result<ServiceClass, ApiError> {
         Some("flex") => {
             Err(ApiError::unsupported("service_tier", "service_tier flex is not in this version"))
         }
-        Some(other) => Err(ApiError::invalid("service_tier", format!("service_tier {other:?} is not known"))),
+        Some(other) => {
+            let message = format!("service_tier {} is not known", fields::quoted(other));
+            Err(ApiError::invalid("service_tier", message))
+        }
     }
 }

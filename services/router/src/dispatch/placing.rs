@@ -55,7 +55,9 @@ impl Course {
         let (links, candidates) = self.candidates();
         let mut request = self.facts();
         let began = seam::now();
-        request.held = self.look_up(&links);
+        if !self.unscored() {
+            request.held = self.look_up(&links);
+        }
         let dispatcher = self.dispatcher.clone();
         let policy = &*dispatcher.policy;
         let route = policy.choose(&request, &candidates);
@@ -153,8 +155,10 @@ impl Course {
         if let Some(handle) = &handle {
             tokens.truncate(handle.tokens as usize);
         }
-        // What is handed over needs nothing borrowed.
-        let holders = if handle.is_none() { self.holder_for(&link.worker) } else { None };
+        // What is handed over needs nothing borrowed, and what is scored must be computed.
+        let unscored = self.unscored() && handle.is_none();
+        let borrows = handle.is_none() && !unscored;
+        let holders = if borrows { self.holder_for(&link.worker) } else { None };
         let online = request.class == tandem_types::ServiceClass::Online;
         let targets = self.dispatcher.slo.filter(|_| online);
         let start = v1::Start {
@@ -168,7 +172,9 @@ impl Course {
             inputs: handle.into_iter().collect(),
             holders: holders.into_iter().collect(),
             until: until as i32,
-            rows_wanted: v1::RowsWanted::None as i32,
+            rows_wanted: if unscored { v1::RowsWanted::PromptLogprobs } else { v1::RowsWanted::None } as i32,
+            score_from: if unscored { self.scored as u32 } else { 0 },
+            score_top: request.score_prompt.filter(|_| unscored).unwrap_or(0),
             remaining_ms: request.deadline.remaining(now).as_millis().min(u128::from(u32::MAX)) as u32,
             class: match request.class {
                 tandem_types::ServiceClass::Online => v1::ServiceClass::Online,

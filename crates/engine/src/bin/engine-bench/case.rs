@@ -203,6 +203,7 @@ impl Subject {
                     input: Input::Known((start..end).map(|at| token(at as u32)).collect()),
                     pages: vec![(0..blocks_for(end as u32)).collect()],
                     sample: end == tokens,
+                    score: None,
                 };
                 let open = if start == 0 { vec![open(0)] } else { Vec::new() };
                 self.plan(open, vec![row])
@@ -219,6 +220,7 @@ impl Subject {
             input: Input::Known(vec![token(slot + position as u32)]),
             pages: vec![(slot * pages..(slot + 1) * pages).collect()],
             sample: true,
+            score: None,
         });
         let rows = rows.collect();
         self.plan(open, rows)

@@ -194,5 +194,5 @@ fn opened(slot: u32, tokens: &[TokenId], sampling: SamplingParams) -> SlotOpen {
 fn row(slot: u32, start: u32, tokens: &[TokenId], first_page: u32, sample: bool) -> Row {
     let count = tokens.len() as u32;
     let pages = vec![(first_page..first_page + blocks_for(start + count)).collect()];
-    Row { slot, start, count, input: Input::Known(tokens.to_vec()), pages, sample }
+    Row { slot, start, count, input: Input::Known(tokens.to_vec()), pages, sample, score: None }
 }
