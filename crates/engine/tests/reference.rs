@@ -3,7 +3,7 @@
 
 mod support;
 
-use support::{Case, Driver, Reference, Request, checkpoint, checkpoints, tokens};
+use support::{Case, Driver, Reference, Request, checkpoint, checkpoints, instruction_sets, options, tokens};
 use tandem_engine::Dtype;
 
 /// The farthest that any logit of the case is from the reference's, and the root of the mean square.
@@ -29,15 +29,18 @@ fn rounds_activations(dir: &std::path::Path) -> bool {
 #[test]
 fn float32_logits_are_those_of_the_reference_at_every_position() {
     for dir in checkpoints() {
-        let mut driver = Driver::new(&dir, Dtype::Float32, 2);
-        for case in Reference::read(&dir).cases {
-            for chunk in [usize::MAX, 7] {
-                let (farthest, error) = distance(&mut driver, &case, chunk.min(case.prompt.len()));
-                let near = match rounds_activations(&dir) && case.prompt.len() > 32 {
-                    true => farthest < 0.5 && error < 0.05,
-                    false => farthest < 1e-3,
-                };
-                assert!(near, "{} {}: off by {farthest}, {error}", dir.display(), case.name);
+        let reference = Reference::read(&dir);
+        for isa in instruction_sets() {
+            let mut driver = Driver::of_set(isa, &dir, options(Dtype::Float32, 2));
+            for case in &reference.cases {
+                for chunk in [usize::MAX, 7] {
+                    let (farthest, error) = distance(&mut driver, case, chunk.min(case.prompt.len()));
+                    let near = match rounds_activations(&dir) && case.prompt.len() > 32 {
+                        true => farthest < 0.5 && error < 0.05,
+                        false => farthest < 1e-3,
+                    };
+                    assert!(near, "{} {} {isa:?}: off by {farthest}, {error}", dir.display(), case.name);
+                }
             }
         }
     }
@@ -73,12 +76,13 @@ fn float32_decodes_the_reference_s_greedy_tokens_alone_in_chunks_and_in_one_batc
 fn bfloat16_stays_within_twice_the_error_of_pytorch_s_own() {
     for dir in checkpoints() {
         let reference = Reference::read(&dir);
-        let mut driver = Driver::new(&dir, Dtype::Bfloat16, 2);
-        for case in &reference.cases {
+        let sets = instruction_sets().into_iter();
+        for (isa, case) in sets.flat_map(|isa| reference.cases.iter().map(move |case| (isa, case))) {
+            let mut driver = Driver::of_set(isa, &dir, options(Dtype::Bfloat16, 2));
             let (_, error) = distance(&mut driver, case, 64);
             assert!(
                 error <= 2.0 * case.bf16_error,
-                "{} {}: {error}, PyTorch {}",
+                "{} {} {isa:?}: {error}, PyTorch {}",
                 dir.display(),
                 case.name,
                 case.bf16_error
@@ -88,7 +92,7 @@ fn bfloat16_stays_within_twice_the_error_of_pytorch_s_own() {
             // Up to the first near-tie, which bf16 may decide otherwise.
             let near = case.margins.iter().position(|margin| f64::from(*margin) < 10.0 * case.bf16_error);
             let sure = near.unwrap_or(case.greedy.len());
-            assert_eq!(output[..sure], case.greedy[..sure], "{} {}", dir.display(), case.name);
+            assert_eq!(output[..sure], case.greedy[..sure], "{} {} {isa:?}", dir.display(), case.name);
         }
     }
 }

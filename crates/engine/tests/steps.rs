@@ -4,7 +4,7 @@
 mod support;
 
 use proptest::prelude::*;
-use support::{Driver, Request, checkpoint, open_slot, options, row, tokens};
+use support::{Driver, Request, checkpoint, instruction_sets, open_slot, options, row, tokens};
 use tandem_batching::{Input, Plan};
 use tandem_engine::{DecoderEngine, Dtype, Engine, LoadError, Options};
 use tandem_types::{Choice, Sampled, SamplingParams, Time, TokenId};
@@ -54,15 +54,20 @@ fn bits_do_not_depend_on_threads_chunks_or_company() {
         ("qwen2-s23", Dtype::Float32),
     ] {
         let dir = checkpoint(name);
-        let mut one = Driver::new(&dir, dtype, 1);
-        let mut three = Driver::new(&dir, dtype, 3);
-        let requests = requests();
-        let alone: Vec<_> =
-            requests.iter().flat_map(|request| one.generate(std::slice::from_ref(request), 512)).collect();
-        // `Sampled` holds log probabilities, so equality is that of bits.
-        assert_eq!(one.generate(&requests, 512), alone, "{name} {dtype} together");
-        for chunk in [1, 13, 32, 512] {
-            assert_eq!(three.generate(&requests, chunk), alone, "{name} {dtype} in chunks of {chunk}");
+        for isa in instruction_sets() {
+            let driver = |threads| Driver::of_set(isa, &dir, options(dtype, threads));
+            let (mut one, mut three) = (driver(1), driver(3));
+            let requests = requests();
+            let alone: Vec<_> = requests
+                .iter()
+                .flat_map(|request| one.generate(std::slice::from_ref(request), 512))
+                .collect();
+            // `Sampled` holds log probabilities, so equality is that of bits.
+            assert_eq!(one.generate(&requests, 512), alone, "{name} {dtype} {isa:?} together");
+            for chunk in [1, 13, 32, 512] {
+                let chunked = three.generate(&requests, chunk);
+                assert_eq!(chunked, alone, "{name} {dtype} {isa:?} in chunks of {chunk}");
+            }
         }
     }
 }
@@ -322,9 +327,10 @@ fn more_steps_than_the_depth_allows_are_a_bug() {
 #[test]
 fn pages_copied_to_another_worker_give_the_same_continuation() {
     let dir = checkpoint("llama-s13");
-    for dtype in [Dtype::Float32, Dtype::Bfloat16] {
+    let dtypes = [Dtype::Float32, Dtype::Bfloat16];
+    for (isa, dtype) in instruction_sets().into_iter().flat_map(|isa| dtypes.map(|dtype| (isa, dtype))) {
         let prompt = prompt(8, 77);
-        let mut prefill = Driver::new(&dir, dtype, 1);
+        let mut prefill = Driver::of_set(isa, &dir, options(dtype, 1));
         let whole = prefill.generate(&[Request::greedy(&prompt, 10).with(seeded(5))], 512).remove(0);
 
         let from = [5, 2, 9];
@@ -342,7 +348,7 @@ fn pages_copied_to_another_worker_give_the_same_continuation() {
         let first = prefill.step(plan).unwrap().rows[0].sampled.clone().unwrap();
         assert_eq!(first, whole[0]);
 
-        let mut decode = Driver::new(&dir, dtype, 3);
+        let mut decode = Driver::of_set(isa, &dir, options(dtype, 3));
         assert_eq!(prefill.engine.facts().identity, decode.engine.facts().identity);
         assert_eq!(prefill.engine.facts().form, decode.engine.facts().form);
         let to = [0, 8, 3];
@@ -548,9 +554,11 @@ fn quantised_weights_give_the_same_bits_alone_in_batches_in_chunks_and_on_any_nu
         ("qwen3-w8a8", Quantization::Auto),
         ("qwen3-awq", Quantization::Auto),
     ] {
-        for dtype in [Dtype::Float32, Dtype::Bfloat16] {
+        let dtypes = [Dtype::Float32, Dtype::Bfloat16];
+        for (isa, dtype) in instruction_sets().into_iter().flat_map(|isa| dtypes.map(|dtype| (isa, dtype))) {
             let driver = |threads| {
-                Driver::with(&checkpoint(name), Options { quantization, ..options(dtype, threads) })
+                let options = Options { quantization, ..options(dtype, threads) };
+                Driver::of_set(isa, &checkpoint(name), options)
             };
             let requests: Vec<Request> = [5, 70, 33, 150]
                 .iter()

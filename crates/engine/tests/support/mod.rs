@@ -152,7 +152,18 @@ pub fn options(dtype: Dtype, threads: usize) -> Options {
     Options { dtype, threads, kv_bytes: 8 << 20, ..Options::default() }
 }
 
+/// The CPU with each instruction set that this machine has.
+pub fn instruction_sets() -> Vec<tandem_kernels::Isa> {
+    tandem_kernels::Isa::ALL.into_iter().filter(|isa| isa.available()).collect()
+}
+
 impl Driver {
+    /// On one instruction set.
+    pub fn of_set(isa: tandem_kernels::Isa, dir: &Path, options: Options) -> Driver {
+        let device = Arc::new(tandem_kernels::Cpu::with(isa, options.threads).unwrap());
+        Driver::of(DecoderEngine::load_on(device, dir, options).unwrap_or_else(|error| panic!("{error}")))
+    }
+
     pub fn new(dir: &Path, dtype: Dtype, threads: usize) -> Driver {
         Driver::of(
             DecoderEngine::load(dir, options(dtype, threads)).unwrap_or_else(|error| panic!("{error}")),
