@@ -144,6 +144,7 @@ fn qkv_store_body<T: Scalar>(job: &QkvStore<'_, T>, part: usize, parts: usize) {
     let width = job.pages.width;
     let (heads, kv_heads) = (job.heads, job.pages.heads);
     let all = (heads + 2 * kv_heads) * width;
+    let mut room = [0.0; HEAD_WIDTH_MAX];
     for row in share(job.positions.len(), part, parts) {
         let qkv = &job.qkv[row * all..(row + 1) * all];
         let (queries, rest) = qkv.split_at(heads * width);
@@ -152,46 +153,55 @@ fn qkv_store_body<T: Scalar>(job: &QkvStore<'_, T>, part: usize, parts: usize) {
         // SAFETY: each row belongs to one part.
         let to = unsafe { job.queries.part(row * heads * width, heads * width) };
         for (query, to) in queries.chunks_exact(width).zip(to.chunks_exact_mut(width)) {
-            turn(query, job.query_norm, job.epsilon, turns, to);
+            turn(query, job.query_norm, job.epsilon, turns, &mut room, to);
         }
         let (sequence, position) = (job.sequences[row] as usize, job.positions[row] as usize);
         for head in 0..kv_heads {
             // SAFETY: a position of a sequence is one row of the step, and pages being written are one
             // sequence's own.
             let (key, value) = unsafe { job.pages.token_mut(sequence, position, head) };
-            turn(&keys[head * width..(head + 1) * width], job.key_norm, job.epsilon, turns, key);
+            turn(&keys[head * width..(head + 1) * width], job.key_norm, job.epsilon, turns, &mut room, key);
             value.copy_from_slice(&values[head * width..(head + 1) * width]);
         }
     }
 }
 
-/// One head: norm, then rotation of its first `turns.len()` elements.
+/// One head: norm, then rotation of its first `turns.len()` elements. `room` holds a head.
 #[inline(always)]
-fn turn<T: Scalar>(head: &[T], norm: Option<&[f32]>, epsilon: f32, turns: &[f32], to: &mut [T]) {
+fn turn<T: Scalar>(
+    head: &[T],
+    norm: Option<&[f32]>,
+    epsilon: f32,
+    turns: &[f32],
+    room: &mut [f32; HEAD_WIDTH_MAX],
+    to: &mut [T],
+) {
     let width = head.len();
-    let mut values = [0.0_f32; HEAD_WIDTH_MAX];
-    let values = &mut values[..width];
+    let values = &mut room[..width];
     match norm {
         Some(weight) => {
             let factor = root(head, epsilon);
-            for i in 0..width {
-                values[i] = head[i].load() * factor * weight[i];
+            for ((value, head), weight) in values.iter_mut().zip(head).zip(&weight[..width]) {
+                *value = head.load() * factor * weight;
             }
         }
         None => {
-            for i in 0..width {
-                values[i] = head[i].load();
+            for (value, head) in values.iter_mut().zip(head) {
+                *value = head.load();
             }
         }
     }
+    // Slices of one length, so that the loop needs no checks and vectorises.
     let pairs = turns.len() / 2;
-    let (cosines, sines) = turns.split_at(pairs);
+    let (cosines, sines) = (&turns[..pairs], &turns[pairs..2 * pairs]);
+    let (turned, rest) = to[..width].split_at_mut(2 * pairs);
+    let (first, second) = turned.split_at_mut(pairs);
+    let (a, b) = (&values[..pairs], &values[pairs..2 * pairs]);
     for i in 0..pairs {
-        let (a, b) = (values[i], values[i + pairs]);
-        to[i] = T::store(a * cosines[i] - b * sines[i]);
-        to[i + pairs] = T::store(b * cosines[i] + a * sines[i]);
+        first[i] = T::store(a[i] * cosines[i] - b[i] * sines[i]);
+        second[i] = T::store(b[i] * cosines[i] + a[i] * sines[i]);
     }
-    for i in 2 * pairs..width {
-        to[i] = T::store(values[i]);
+    for (to, value) in rest.iter_mut().zip(&values[2 * pairs..]) {
+        *to = T::store(*value);
     }
 }
