@@ -142,10 +142,8 @@ fn gate<F: Factor>(
     let width = PANEL.min(half - first);
     for (r, (gate, up)) in gates.iter_mut().zip(ups).enumerate() {
         if let Some(bias) = job.bias {
-            for j in 0..width {
-                gate[j] += bias[first + j];
-                up[j] += bias[half + first + j];
-            }
+            add(gate, &bias[first..first + width]);
+            add(up, &bias[half + first..half + first + width]);
         }
         for j in 0..PANEL {
             gate[j] = math::silu(gate[j]) * up[j];
@@ -153,9 +151,7 @@ fn gate<F: Factor>(
         if let Output::Stored(to) = &job.to {
             // SAFETY: this part alone writes the columns of its panels.
             let to = unsafe { to.part((first_row + r) * half + first, width) };
-            for j in 0..width {
-                to[j] = F::Stored::store(gate[j]);
-            }
+            store(gate, to);
         }
     }
 }
@@ -167,26 +163,48 @@ fn finish<F: Factor>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &m
     let width = PANEL.min(outputs - first);
     for (r, sums) in sums.iter_mut().enumerate() {
         if let Some(bias) = job.bias {
-            for j in 0..width {
-                sums[j] += bias[first + j];
-            }
+            add(sums, &bias[first..first + width]);
         }
         let begin = (first_row + r) * outputs + first;
         match &job.to {
             // SAFETY: this part alone writes the columns of its panels.
-            Output::Logits(to) => unsafe { to.part(begin, width) }.copy_from_slice(&sums[..width]),
+            Output::Logits(to) => store(sums, unsafe { to.part(begin, width) }),
             Output::Stored(to) => {
                 // SAFETY: as above.
                 let to = unsafe { to.part(begin, width) };
                 if job.epilogue == Epilogue::Residual {
-                    for j in 0..width {
-                        sums[j] += to[j].load();
-                    }
+                    add(sums, to);
                 }
-                for j in 0..width {
-                    to[j] = F::Stored::store(sums[j]);
-                }
+                store(sums, to);
             }
         }
+    }
+}
+
+/// Adds up to 32 values. Whole panels go by arrays, whose loops have no remainder.
+#[inline(always)]
+fn add<T: Scalar>(sums: &mut [f32; PANEL], values: &[T]) {
+    if let Ok(values) = <&[T; PANEL]>::try_from(values) {
+        for j in 0..PANEL {
+            sums[j] += values[j].load();
+        }
+        return;
+    }
+    for (sum, value) in sums.iter_mut().zip(values) {
+        *sum += value.load();
+    }
+}
+
+/// Stores the first sums. As [`add`].
+#[inline(always)]
+fn store<T: Scalar>(sums: &[f32; PANEL], to: &mut [T]) {
+    if let Ok(to) = <&mut [T; PANEL]>::try_from(&mut *to) {
+        for j in 0..PANEL {
+            to[j] = T::store(sums[j]);
+        }
+        return;
+    }
+    for (to, sum) in to.iter_mut().zip(sums) {
+        *to = T::store(*sum);
     }
 }
