@@ -480,6 +480,18 @@ unsafe fn transpose_wide(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut 
     }
 }
 
+/// Elements of one vector and of another in turn: those of their first halves, and of their second.
+const IN_TURN: [[i16; PANEL]; 2] = {
+    let mut places = [[0; PANEL]; 2];
+    let mut at = 0;
+    while at < PANEL {
+        let place = (at / 2 + at % 2 * PANEL) as i16;
+        (places[0][at], places[1][at]) = (place, place + PANEL as i16 / 2);
+        at += 1;
+    }
+    places
+};
+
 /// [`interleave`] with vectors of 32 elements.
 ///
 /// # Safety
@@ -493,14 +505,8 @@ unsafe fn interleave_wide(rows: &[Bf16], width: usize, first: usize, ahead: Ahea
     }
     assert!(panel.len() >= PANEL * PANEL, "32 rows in a panel of {}", panel.len());
     let (from, to) = (rows.as_ptr(), panel.as_mut_ptr());
-    // Element `at` of one row and of the other in turn.
-    let places = |begin: u16| -> [u16; PANEL] {
-        std::array::from_fn(|at| begin + at as u16 / 2 + if at % 2 == 0 { 0 } else { PANEL as u16 })
-    };
-    let (low, high) = (places(0), places(PANEL as u16 / 2));
     // SAFETY: both have 32 elements.
-    let (low, high) =
-        unsafe { (_mm512_loadu_epi16(low.as_ptr().cast()), _mm512_loadu_epi16(high.as_ptr().cast())) };
+    let [low, high] = [0, 1].map(|half| unsafe { _mm512_loadu_epi16(IN_TURN[half].as_ptr()) });
     let mut ahead = ahead.over(PANEL / 2);
     for row in (0..PANEL).step_by(2) {
         ahead.fetch_next();
