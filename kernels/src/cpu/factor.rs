@@ -314,7 +314,8 @@ fn quantise_body<T: Scalar>(job: &Quantise<'_, T>, part: usize, parts: usize) {
         let number = |value: &T| (value.load() / scale + WHOLE).to_bits();
         if job.form == RowForm::Bytes {
             // SAFETY: words may be written as bytes; they are little-endian on machines with this form.
-            let bytes = unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), BYTES * words) };
+            let bytes =
+                unsafe { std::slice::from_raw_parts_mut(values.as_mut_ptr().cast::<u8>(), BYTES * words) };
             bytes[x.len()..].fill(128);
             for (to, value) in bytes.iter_mut().zip(x) {
                 *to = (number(value) as u8).wrapping_add(128);

@@ -4,9 +4,9 @@ use std::marker::PhantomData;
 
 use tandem_device::{Buffer, Epilogue, Linear, LinearCall, Logits};
 
+use super::factor::{self, Factor, Int4, Int8, Int8Rows, Quantise, RowForm};
 #[cfg(target_arch = "x86_64")]
 use super::factor::{Int4Pairs, Int4Rows, Pair};
-use super::factor::{self, Factor, Int4, Int8, Int8Rows, Quantise, RowForm};
 use super::form::Form;
 use super::{Cpu, CpuStream, expect, linear};
 use crate::memory::{Shared, slice};

@@ -336,7 +336,11 @@ pub(in super::super) unsafe fn int8_bytes(
     sums: &mut [[f32; PANEL]],
 ) {
     let rows = sums.len();
-    assert!(x.len() >= words * rows && row_scales.len() == rows, "{rows} rows of {words} words in {}", x.len());
+    assert!(
+        x.len() >= words * rows && row_scales.len() == rows,
+        "{rows} rows of {words} words in {}",
+        x.len()
+    );
     assert!(weights.len() >= words * PANEL, "{words} words of 32 outputs in {}", weights.len());
     assert!(scales.len() == PANEL, "{} scales of 32", scales.len());
     let mut offset = [_mm512_setzero_si512(); 2];
@@ -412,7 +416,8 @@ impl Bytes<'_> {
         for word in 0..self.words {
             ahead.fetch_next();
             // SAFETY: a word of a row has 32 words of the panel.
-            let wide: [__m512i; 2] = std::array::from_fn(|v| unsafe { _mm512_loadu_si512(at.add(16 * v).cast()) });
+            let wide: [__m512i; 2] =
+                std::array::from_fn(|v| unsafe { _mm512_loadu_si512(at.add(16 * v).cast()) });
             if FIRST {
                 *offset = std::array::from_fn(|v| _mm512_dpbusd_epi32(offset[v], added, wide[v]));
             }
@@ -453,10 +458,16 @@ pub(in super::super) unsafe fn int4_pairs(
     sums: &mut [[f32; PANEL]],
 ) {
     let rows = sums.len();
-    assert!(x.pairs.len() >= 4 * words * rows && x.sums.len() >= groups * rows, "{rows} rows of {words} words");
+    assert!(
+        x.pairs.len() >= 4 * words * rows && x.sums.len() >= groups * rows,
+        "{rows} rows of {words} words"
+    );
     assert!(weights.len() >= words * PANEL, "{words} words of 32 outputs in {}", weights.len());
     assert!(scales.len() >= groups * 2 * PANEL, "{groups} groups in {}", scales.len());
-    assert!(group.is_multiple_of(NIBBLES) && groups == (words * NIBBLES).div_ceil(group), "a word is of one group");
+    assert!(
+        group.is_multiple_of(NIBBLES) && groups == (words * NIBBLES).div_ceil(group),
+        "a word is of one group"
+    );
     let mut row = 0;
     while row < rows {
         // Tiles of about equal height.
@@ -505,7 +516,8 @@ impl Pairs<'_> {
     unsafe fn multiply<const R: usize>(&self, sums: &mut [[f32; PANEL]]) {
         let pairs = self.x.pairs.as_ptr();
         // An index is five bits, of which the highest belongs to the next integer.
-        let numbers: [u16; PANEL] = std::array::from_fn(|at| half::bf16::from_f32((at % 16) as f32).to_bits());
+        let numbers: [u16; PANEL] =
+            std::array::from_fn(|at| half::bf16::from_f32((at % 16) as f32).to_bits());
         // SAFETY: there are 32.
         let numbers = unsafe { _mm512_loadu_epi16(numbers.as_ptr().cast()) };
         let mut ahead = self.ahead.over(self.words);
@@ -519,7 +531,8 @@ impl Pairs<'_> {
                     _mm512_loadu_si512(self.weights.as_ptr().add(word * PANEL + 16 * v).cast())
                 });
                 let mut next = |at: usize, wide: [__m512i; 2]| {
-                    let numbers: [__m512i; 2] = std::array::from_fn(|v| _mm512_permutexvar_epi16(wide[v], numbers));
+                    let numbers: [__m512i; 2] =
+                        std::array::from_fn(|v| _mm512_permutexvar_epi16(wide[v], numbers));
                     for r in 0..R {
                         // SAFETY: the pair is inside row `r`.
                         unsafe {

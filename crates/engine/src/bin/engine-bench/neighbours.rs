@@ -67,7 +67,9 @@ pub(crate) fn report(threads: usize, rounds: usize, quantization: Quantization) 
             figures.push([tokens / alone, tokens / beside, alone / beside]);
         }
     }
-    println!("| case | tokens/s by wall, alone | beside {threads} busy processes | ratio |\n|---|---|---|---|");
+    println!(
+        "| case | tokens/s by wall, alone | beside {threads} busy processes | ratio |\n|---|---|---|---|"
+    );
     for (case, figures) in cases.iter().zip(&figures) {
         let column = |at: usize, digits| spread(figures.iter().map(|figure| figure[at]).collect(), digits);
         println!("| {case} | {} | {} | {} |", column(0, 1), column(1, 1), column(2, 2));
