@@ -70,8 +70,8 @@ impl Case {
         }
     }
 
-    /// Tokens a second at the machine's limits, with weights of that form.
-    pub(crate) fn limit(&self, limits: &Limits, quantization: Quantization) -> f64 {
+    /// What one step or prompt takes at least, with weights of that form.
+    pub(crate) fn work(&self, quantization: Quantization) -> Work {
         let layer = HIDDEN * (QUERIES + 2.0 * KEYS) + QUERIES * HIDDEN + 3.0 * HIDDEN * INNER;
         let tokens = self.tokens() as f64;
         // Tokens that are seen, over all rows; rows with logits; tokens of KV that are read at least once.
@@ -82,20 +82,38 @@ impl Case {
                 (*batch as f64 * middle, *batch as f64, *batch as f64 * middle)
             }
         };
-        // Bytes per weight of layers and head, and what is multiplied with them.
+        let (layers, head) = (2.0 * LAYERS * layer * tokens, 2.0 * VOCAB * HIDDEN * drawn);
+        let attention = LAYERS * 4.0 * QUERIES * seen;
+        // Bytes per weight of layers and head, and what is multiplied in 8 bits.
         let (of_layers, of_head, whole) = match quantization {
-            Quantization::Auto => (2.0, 2.0, false),
-            Quantization::W8a8 => (1.0, 1.0, true),
+            Quantization::Auto => (2.0, 2.0, 0.0),
+            Quantization::W8a8 => (1.0, 1.0, layers + head),
             // Four bits, and a scale and an offset in float32 for each 64 inputs; numbers when multiplied.
-            Quantization::Int4 => (0.5 + 8.0 / 64.0, 1.0, false),
+            Quantization::Int4 => (0.5 + 8.0 / 64.0, 1.0, head),
         };
-        let rate = |whole: bool| if whole { limits.whole } else { limits.products };
-        let products = 2.0 * LAYERS * layer * tokens / rate(whole)
-            + 2.0 * VOCAB * HIDDEN * drawn / rate(of_head < 2.0)
-            + LAYERS * 4.0 * QUERIES * seen / limits.products;
-        let bytes = of_layers * LAYERS * layer + of_head * VOCAB * HIDDEN + LAYERS * 2.0 * 2.0 * KEYS * kv;
-        tokens / products.max(bytes / limits.bytes)
+        Work {
+            numbers: layers + head + attention - whole,
+            whole,
+            bytes: of_layers * LAYERS * layer + of_head * VOCAB * HIDDEN + LAYERS * 2.0 * 2.0 * KEYS * kv,
+        }
     }
+
+    /// Tokens a second at the machine's limits, with weights of that form.
+    pub(crate) fn limit(&self, limits: &Limits, quantization: Quantization) -> f64 {
+        let work = self.work(quantization);
+        let products = work.numbers / limits.products + work.whole / limits.whole;
+        self.tokens() as f64 / products.max(work.bytes / limits.bytes)
+    }
+}
+
+/// What has to be done.
+pub(crate) struct Work {
+    /// Multiplications and additions of numbers.
+    pub(crate) numbers: f64,
+    /// The same of 8-bit integers.
+    pub(crate) whole: f64,
+    /// Bytes to be read.
+    pub(crate) bytes: f64,
 }
 
 /// The folder of the model that is measured on; made when it is first asked for.

@@ -17,6 +17,7 @@ mod load;
 mod machine;
 mod neighbours;
 mod quality;
+mod roofline;
 
 use case::{Case, Subject};
 use machine::Limits;
@@ -33,6 +34,8 @@ struct Options {
     load: bool,
     /// Measure beside busy processes instead.
     neighbours: bool,
+    /// Where the picture goes.
+    plot: Option<PathBuf>,
     /// Checkpoints whose quality under quantisation is asked for.
     quality: Vec<PathBuf>,
 }
@@ -60,6 +63,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
         quantization: Quantization::Auto,
         load: false,
         neighbours: false,
+        plot: None,
         quality: Vec::new(),
     };
     let mut arguments = arguments.iter();
@@ -75,6 +79,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
             "--threads" => options.threads = number()?,
             "--rounds" => options.rounds = number()?,
             "--only" => options.only = arguments.next().ok_or("--only needs a text")?.clone(),
+            "--plot" => options.plot = Some(arguments.next().ok_or("--plot needs a file")?.into()),
             "--quality" => options.quality.push(arguments.next().ok_or("--quality needs a folder")?.into()),
             "--quantization" => {
                 options.quantization = arguments.next().map_or("", String::as_str).parse()?;
@@ -82,7 +87,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
             wrong => {
                 return Err(format!(
                     "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT, --quantization \
-                     FORM, --load, --neighbours, --quality DIR and --quick"
+                     FORM, --load, --neighbours, --plot FILE, --quality DIR and --quick"
                 ));
             }
         }
@@ -109,7 +114,7 @@ fn run(options: &Options) -> Result<(), String> {
         return neighbours::report(options.threads, options.rounds, options.quantization);
     }
     let mut subject = Subject::load(options.threads, &cases, options.quantization)?;
-    let (kernel, form) = (subject.kernel(), options.quantization);
+    let (kernel, form) = (subject.kernel().to_owned(), options.quantization);
     eprintln!("{kernel} with {} threads, weights {form}, {} rounds", options.threads, options.rounds);
     let mut limits = Vec::new();
     let mut figures: Vec<Vec<Figure>> = cases.iter().map(|_| Vec::new()).collect();
@@ -146,7 +151,29 @@ fn run(options: &Options) -> Result<(), String> {
             column(|figure| figure.share_of_wall, 2),
         );
     }
-    Ok(())
+    let Some(path) = &options.plot else { return Ok(()) };
+    let points: Vec<roofline::Point> = cases
+        .iter()
+        .zip(&figures)
+        .map(|(case, figures)| {
+            let (work, tokens) = (case.work(form), case.tokens() as f64);
+            let operations = work.numbers + work.whole;
+            let rate = middle(figures.iter().map(|figure| figure.cpu).collect()) * operations / tokens;
+            roofline::Point { name: case.to_string(), intensity: operations / work.bytes, rate }
+        })
+        .collect();
+    let of = |of: fn(&Limits) -> f64| middle(limits.iter().map(of).collect());
+    let limits = Limits {
+        bytes: of(|limits| limits.bytes),
+        products: of(|limits| limits.products),
+        whole: of(|limits| limits.whole),
+    };
+    let title = format!(
+        "{kernel}, {} threads, weights {form}: medians of {} rounds",
+        options.threads, options.rounds
+    );
+    std::fs::write(path, roofline::svg(&title, &points, &limits))
+        .map_err(|error| format!("{}: {error}", path.display()))
 }
 
 /// One case in one round.
@@ -155,6 +182,12 @@ struct Figure {
     wall: f64,
     share: f64,
     share_of_wall: f64,
+}
+
+/// The median.
+fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
 }
 
 /// Median, minimum and maximum as text.
