@@ -19,6 +19,11 @@ const HEIGHT: f64 = 440.0;
 const LEFT: f64 = 70.0;
 const TOP: f64 = 30.0;
 
+const COLOURS: [&str; 13] = [
+    "#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#e03e3e", "#64473a", "#9b9a97", "#dfab01",
+    "#2f6f3e", "#000000", "#4aa3df", "#f28cb1",
+];
+
 /// Where a value is on a logarithmic axis from `low` on, `decades` long over `length`.
 fn place(value: f64, low: f64, decades: f64, length: f64) -> f64 {
     (value / low).log10() / decades * length
@@ -26,12 +31,12 @@ fn place(value: f64, low: f64, decades: f64, length: f64) -> f64 {
 
 /// An SVG that needs nothing else.
 pub(crate) fn svg(title: &str, points: &[Point], limits: &Limits) -> String {
-    // From 1 to 10,000 operations per byte, and four decades of rates that end above every roof.
-    let (low_x, decades) = (1.0, 4.0);
+    // From 1 to 10,000 operations per byte, and three decades of rates that end above every roof.
+    let (low_x, decades, up_decades) = (1.0, 4.0, 3.0);
     let high_y = 10_f64.powf((limits.products.max(limits.whole)).log10().ceil());
-    let low_y = high_y / 1e4;
+    let low_y = high_y / 1e3;
     let x = |value: f64| LEFT + place(value.max(low_x), low_x, decades, WIDTH);
-    let y = |value: f64| TOP + HEIGHT - place(value.max(low_y), low_y, decades, HEIGHT);
+    let y = |value: f64| TOP + HEIGHT - place(value.max(low_y), low_y, up_decades, HEIGHT);
     let mut out = String::new();
     let mut line = |text: String| {
         let _ = writeln!(out, "{text}");
@@ -44,7 +49,7 @@ pub(crate) fn svg(title: &str, points: &[Point], limits: &Limits) -> String {
     line("<rect width=\"100%\" height=\"100%\" fill=\"white\"/>".to_owned());
     line(format!("<text x=\"{LEFT}\" y=\"18\">{title}</text>"));
     for decade in 0..=4 {
-        let (across, up) = (low_x * 10_f64.powi(decade), low_y * 10_f64.powi(decade));
+        let (across, up) = (low_x * 10_f64.powi(decade), low_y * 10_f64.powi(decade.min(3)));
         let (at_x, at_y) = (x(across), y(up));
         let (bottom, right) = (TOP + HEIGHT, LEFT + WIDTH);
         line(format!("<path d=\"M{at_x:.1} {TOP}V{bottom}M{LEFT} {at_y:.1}H{right}\" stroke=\"#ddd\"/>"));
@@ -61,7 +66,7 @@ pub(crate) fn svg(title: &str, points: &[Point], limits: &Limits) -> String {
         LEFT + WIDTH / 2.0,
         TOP + HEIGHT + 36.0
     ));
-    line(format!("<text x=\"8\" y=\"{}\">Gop/s</text>", TOP - 4.0));
+    line(format!("<text x=\"8\" y=\"{}\">Gop/s</text>", TOP - 12.0));
     for (name, roof) in [("bf16", limits.products), ("8-bit integers", limits.whole)] {
         let (ridge, end) = (roof / limits.bytes, low_x * 10_f64.powf(decades));
         line(format!(
@@ -79,8 +84,7 @@ pub(crate) fn svg(title: &str, points: &[Point], limits: &Limits) -> String {
         ));
     }
     for (at, point) in points.iter().enumerate() {
-        let colour =
-            ["#0b6e99", "#d9730d", "#0f7b6c", "#ad1a72", "#6940a5", "#e03e3e", "#64473a", "#9b9a97"][at % 8];
+        let colour = COLOURS[at % COLOURS.len()];
         let (across, up) = (x(point.intensity), y(point.rate));
         line(format!("<circle cx=\"{across:.1}\" cy=\"{up:.1}\" r=\"4\" fill=\"{colour}\"/>"));
         let label = TOP + HEIGHT - 18.0 * (points.len() - at) as f64;
@@ -109,10 +113,10 @@ mod tests {
             rate: (intensity * limits.bytes).min(limits.products),
         };
         let picture = svg("two", &[roofed(2.0), roofed(1000.0)], &limits);
-        assert!(picture.contains("M70.0 283.1L317.2 140.0H830.0"), "{picture}");
+        assert!(picture.contains("M70.0 367.5L317.2 176.7H830.0"), "{picture}");
         let circles: Vec<&str> = picture.lines().filter(|line| line.starts_with("<circle")).collect();
         assert_eq!(circles.len(), 4);
-        assert!(circles[0].contains("cx=\"127.2\" cy=\"250.0\""), "{}", circles[0]);
-        assert!(circles[2].contains("cx=\"640.0\" cy=\"140.0\""), "{}", circles[2]);
+        assert!(circles[0].contains("cx=\"127.2\" cy=\"323.3\""), "{}", circles[0]);
+        assert!(circles[2].contains("cx=\"640.0\" cy=\"176.7\""), "{}", circles[2]);
     }
 }
