@@ -47,7 +47,7 @@ fn the_demo_model_answers_what_its_page_says_it_can() {
 fn quantised_weights_are_asked_for_by_a_flag_and_answer() {
     run(async {
         for (flag, class, question, answer) in [
-            ("w8a8", "-int8", "What is 2+2?", "4"),
+            ("w8a8", "-int8-head8", "What is 2+2?", "4"),
             ("int4", "-int4g64-head8", "Repeat: lamp, river, stone", "lamp, river, stone"),
         ] {
             let cluster = ProcessCluster::start(&["--processes", "--quantization", flag]).await;
