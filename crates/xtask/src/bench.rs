@@ -44,7 +44,7 @@ const BENCHES: &[Bench] = &[
     Bench {
         name: "engine",
         what: "tokens per second of the engine on a random checkpoint of Qwen3-0.6B's shape, and what share of\n           \
-               the machine's limits that is (--threads N, --rounds N, --only TEXT, --quantization FORM, --quick);\n           \
+               the machine's limits that is (--threads N, --rounds N, --only TEXT, --quantization FORM, --plot FILE, --quick);\n           \
                with --load how long loading takes, with --neighbours what busy neighbours leave of the speed, with\n           \
                --quality DIR what quantised weights cost that checkpoint in quality",
         parts: &[Part {

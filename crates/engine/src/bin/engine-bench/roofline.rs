@@ -48,16 +48,19 @@ pub(crate) fn svg(title: &str, points: &[Point], limits: &Limits) -> String {
     ));
     line("<rect width=\"100%\" height=\"100%\" fill=\"white\"/>".to_owned());
     line(format!("<text x=\"{LEFT}\" y=\"18\">{title}</text>"));
-    for decade in 0..=4 {
-        let (across, up) = (low_x * 10_f64.powi(decade), low_y * 10_f64.powi(decade.min(3)));
-        let (at_x, at_y) = (x(across), y(up));
-        let (bottom, right) = (TOP + HEIGHT, LEFT + WIDTH);
-        line(format!("<path d=\"M{at_x:.1} {TOP}V{bottom}M{LEFT} {at_y:.1}H{right}\" stroke=\"#ddd\"/>"));
-        line(format!("<text x=\"{at_x:.1}\" y=\"{}\" text-anchor=\"middle\">{across}</text>", bottom + 16.0));
+    let (bottom, right) = (TOP + HEIGHT, LEFT + WIDTH);
+    for across in (0..=4).map(|decade| low_x * 10_f64.powi(decade)) {
+        let at = x(across);
+        line(format!("<path d=\"M{at:.1} {TOP}V{bottom}\" stroke=\"#ddd\"/>"));
+        line(format!("<text x=\"{at:.1}\" y=\"{}\" text-anchor=\"middle\">{across}</text>", bottom + 16.0));
+    }
+    for up in (0..=3).map(|decade| low_y * 10_f64.powi(decade)) {
+        let at = y(up);
+        line(format!("<path d=\"M{LEFT} {at:.1}H{right}\" stroke=\"#ddd\"/>"));
         line(format!(
             "<text x=\"{}\" y=\"{:.1}\" text-anchor=\"end\">{}</text>",
             LEFT - 6.0,
-            at_y + 4.0,
+            at + 4.0,
             up / 1e9
         ));
     }
