@@ -223,10 +223,7 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
     let mut tasks = job.plan.tasks.iter().filter(|task| parts == 1 || task.part == part).peekable();
     while let Some(task) = tasks.next() {
         let block = &job.plan.blocks[task.block];
-        let then = tasks.peek().map(|task| {
-            let block = &job.plan.blocks[task.block];
-            Upcoming::span(job, block, task.kv_head, task.span.unwrap_or(0))
-        });
+        let then = tasks.peek().map(|task| first_rows(job, task));
         let group = job.heads / job.pages.heads;
         let queries = block.rows * group;
         room.fit(queries, width);
@@ -247,10 +244,7 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
         }
         let mut totals = std::mem::take(&mut room.totals);
         for at in 0..block.spans() {
-            let then = match at + 1 < block.spans() {
-                true => Some(Upcoming::span(job, block, task.kv_head, at + 1)),
-                false => then,
-            };
+            let then = then.filter(|_| at + 1 == block.spans());
             span(job, block, task.kv_head, at, then, room, |query, partial| {
                 merge(&mut totals[query * len..][..len], partial, at == 0);
             });
@@ -287,34 +281,17 @@ fn merge_spans_body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) 
     }
 }
 
-/// The tokens of a span, which is read after the present one: its KV is fetched while that is computed.
-#[derive(Clone, Copy)]
-struct Upcoming {
-    sequence: usize,
-    kv_head: usize,
-    begin: usize,
-    end: usize,
-}
+/// Keys and values of some tokens.
+type KvRows<'a, T> = (&'a [T], &'a [T]);
 
-impl Upcoming {
-    /// Span `at` of a block; nothing if it has no such span.
-    #[inline(always)]
-    fn span<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, at: usize) -> Upcoming {
-        let begin = at * SPAN;
-        let sequence = job.sequences[block.first] as usize;
-        Upcoming { sequence, kv_head, begin, end: block.reach.min(begin + SPAN) }
-    }
-
-    /// Keys and values of its tokens from panel `at` on.
-    #[inline(always)]
-    fn rows<'a, F: Form>(&self, job: &'a Attention<'_, F>, at: usize) -> (&'a [F::Stored], &'a [F::Stored]) {
-        let position = self.begin + at * PANEL;
-        if position >= self.end {
-            return (&[], &[]);
-        }
-        // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
-        unsafe { job.pages.rows(self.sequence, position, self.kv_head, PANEL.min(self.end - position)) }
-    }
+/// What a task reads first.
+#[inline(always)]
+fn first_rows<'a, F: Form>(job: &'a Attention<'_, F>, task: &Task) -> KvRows<'a, F::Stored> {
+    let block = &job.plan.blocks[task.block];
+    let begin = task.span.unwrap_or(0) * SPAN;
+    let sequence = job.sequences[block.first] as usize;
+    // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
+    unsafe { job.pages.rows(sequence, begin, task.kv_head, PANEL.min(block.reach - begin)) }
 }
 
 /// Tokens that a query sees.
@@ -337,7 +314,7 @@ fn span<F: Form>(
     block: &Block,
     kv_head: usize,
     at: usize,
-    then: Option<Upcoming>,
+    then: Option<KvRows<'_, F::Stored>>,
     room: &mut Room<F>,
     mut take: impl FnMut(usize, &[f32]),
 ) {
@@ -351,8 +328,7 @@ fn span<F: Form>(
         let seen = |query: usize| reach(job, block, query).clamp(begin, begin + SPAN) - begin;
         let tokens = (first..first + rows).map(seen).max().expect("a tile has rows");
         if tokens > 0 {
-            // The first tile fetches for all.
-            tile(job, room, first..first + rows, tokens, seen, then.filter(|_| first == 0));
+            tile(job, room, first..first + rows, tokens, seen);
             for (r, partial) in room.tile.chunks_exact(partial_len(width)).take(rows).enumerate() {
                 if seen(first + r) > 0 {
                     take(first + r, partial);
@@ -370,18 +346,24 @@ fn panels<F: Form>(
     block: &Block,
     kv_head: usize,
     tokens: Range<usize>,
-    then: Option<Upcoming>,
+    then: Option<KvRows<'_, F::Stored>>,
     room: &mut Room<F>,
 ) {
-    let this = Upcoming::span(job, block, kv_head, tokens.start / SPAN);
+    let (sequence, reach) = (job.sequences[block.first] as usize, block.reach);
     let width = job.pages.width;
     let (key_len, value_len) = (panel_len::<F::Stored>(width), panel_len::<F::Stored>(SPAN));
     for (at, position) in tokens.clone().step_by(PANEL).enumerate() {
-        let (keys, values) = this.rows(job, at);
-        // What comes next is fetched meanwhile, of this span or the upcoming one.
+        let count = PANEL.min(tokens.end - position);
+        // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
+        let (keys, values) = unsafe { job.pages.rows(sequence, position, kv_head, count) };
+        // What comes next is fetched meanwhile: of this span, of the next one, or of another task.
+        let next = position + PANEL;
         let (next_keys, next_values) = match then {
-            Some(then) if position + PANEL >= tokens.end => then.rows(job, 0),
-            _ => this.rows(job, at + 1),
+            Some(then) if next >= tokens.end => then,
+            // SAFETY: as above.
+            _ => unsafe {
+                job.pages.rows(sequence, next.min(reach - 1), kv_head, PANEL.min(reach.saturating_sub(next)))
+            },
         };
         // SAFETY: a form is used with its instruction set.
         unsafe {
@@ -417,7 +399,6 @@ fn tile<F: Form>(
     queries: Range<usize>,
     tokens: usize,
     seen: impl Fn(usize) -> usize,
-    then: Option<Upcoming>,
 ) {
     let width = job.pages.width;
     let rows = queries.len();
@@ -428,12 +409,8 @@ fn tile<F: Form>(
     for (at, panel) in room.keys.chunks_exact(panel_len::<F::Stored>(width)).take(blocks).enumerate() {
         let sums = &mut sums[..rows];
         sums.fill([0.0; PANEL]);
-        let ahead = then.map_or(Ahead::NONE, |then| {
-            let (keys, values) = then.rows(job, at);
-            Ahead::both(keys, values)
-        });
         // SAFETY: a form is used with its instruction set; `tile` checks the rest.
-        unsafe { F::tile(x, width, width, panel, ahead, sums) };
+        unsafe { F::tile(x, width, width, panel, Ahead::NONE, sums) };
         for (r, sums) in sums.iter().enumerate() {
             let scores = &mut room.scores[r * SPAN + at * PANEL..][..PANEL];
             for j in 0..PANEL {

@@ -104,13 +104,6 @@ impl Ahead {
         Ahead { next: of.as_ptr().cast::<u8>().wrapping_add(begin * LINE), lines: end - begin, ..Ahead::NONE }
     }
 
-    /// Two things, the second only if it lies behind the first.
-    pub(super) fn both<T>(first: &[T], second: &[T]) -> Ahead {
-        let one = Ahead::share(first, 0, 1);
-        let adjacent = first.as_ptr_range().end == second.as_ptr();
-        Ahead { lines: one.lines + if adjacent { size_of_val(second) / LINE } else { 0 }, ..one }
-    }
-
     /// What a single pass over `panel` will come to soon.
     pub(super) fn soon<T>(panel: &[T]) -> Ahead {
         let next = panel.as_ptr().cast::<u8>().wrapping_add(AHEAD_BYTES);
