@@ -6,21 +6,23 @@ use serde::Serialize;
 use tandem_types::ServiceClass;
 
 use crate::candidate::sane_seconds;
+use crate::cost::Cost;
 use crate::{Candidate, Request};
 
 /// When requests are shed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Limits {
-    /// A request with a smaller chance to meet its target is shed. 0 sheds nobody by chance.
+    /// A request with a smaller chance to meet its targets is shed. 0 sheds nobody by chance.
     pub chance_least: f64,
     /// Offline requests are shed beyond this share of KV in use.
     pub offline_kv_usage: f64,
 }
 
 impl Default for Limits {
-    /// Sheds by chance only what is hopeless; offline work leaves a tenth of the memory free.
+    /// Sheds what is rather late than in time: it would wait behind everybody who can still be in time, and under
+    /// lasting overload for as long as that lasts. Offline work leaves a tenth of the memory free.
     fn default() -> Self {
-        Limits { chance_least: 0.02, offline_kv_usage: 0.9 }
+        Limits { chance_least: 0.5, offline_kv_usage: 0.9 }
     }
 }
 
@@ -29,7 +31,7 @@ impl Default for Limits {
 pub enum Verdict {
     /// It may be placed.
     Admit {
-        /// The predicted chance that it meets its first target.
+        /// The predicted chance that it meets its targets.
         chance: f64,
     },
     /// It is refused for now.
@@ -71,31 +73,15 @@ pub fn admit(
             Verdict::Admit { chance: 1.0 }
         };
     }
-    let chance = chance(request, &able);
+    let chance = Cost::default().chance(request, candidates);
     if chance < limits.chance_least {
         let wait = able.iter().map(|c| sane_seconds(c.timely_seconds)).fold(f64::INFINITY, f64::min);
+        let target = request.first_token_target();
         let reason = format!(
-            "the shortest queue is {wait:.2} s and its first token is due in {:.2} s",
-            request.first_token_target()
+            "it would be in time with a chance of {chance:.2}: the shortest queue is {wait:.2} s, and its first token \
+             is due in {target:.2} s"
         );
-        return shed(reason, wait - request.first_token_target());
+        return shed(reason, wait - target);
     }
     Verdict::Admit { chance }
-}
-
-/// The chance that the first token of this request is in time at the best candidate.
-pub fn chance(request: &Request, candidates: &[&Candidate]) -> f64 {
-    let target = request.first_token_target();
-    if !target.is_finite() {
-        return 1.0;
-    }
-    let seconds = candidates.iter().filter_map(|c| {
-        let model = c.sane_model()?;
-        Some(sane_seconds(c.timely_seconds) + model.prefill(request.prompt_tokens, 0, c.prompt_budget))
-    });
-    let Some(best) = seconds.min_by(f64::total_cmp) else {
-        return 1.0; // nothing is known: the queue bound alone sheds
-    };
-    // A prediction is off by a tenth now and then.
-    1.0 / (1.0 + ((best / target.max(1e-6) - 1.0) / 0.05).exp())
 }

@@ -165,6 +165,7 @@ impl Dispatcher {
         let facts = tandem_placement::Request {
             prompt_tokens: request.prompt.len() as u32,
             max_tokens: request.stop.max_tokens,
+            expected_tokens: self.output_tokens(),
             first_token_seconds: slo.ttft.as_secs_f64(),
             token_seconds: slo.tpot.as_secs_f64(),
             class: request.class,

@@ -91,6 +91,9 @@ impl Terms {
 /// What no model is known for is taken to be like this.
 const UNKNOWN: StepTime = crate::predictor::PROFILES[0].step;
 
+/// Room that a target leaves beyond what a request takes on idle workers, if it is to say anything about load.
+const ALONE: f64 = 1.25;
+
 /// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
 const CERTAIN: f64 = 20.0;
 
@@ -106,6 +109,8 @@ pub struct Cost {
 struct PrefillPart {
     at: usize,
     terms: Terms,
+    /// How likely its first token is late there.
+    missed: f64,
     cost: f64,
 }
 
@@ -114,6 +119,8 @@ struct PrefillPart {
 struct DecodePart {
     at: usize,
     terms: Terms,
+    /// How likely its other tokens are late there.
+    missed: f64,
     /// Seconds per token there.
     token_seconds: f64,
     /// Seconds of a step there now, with the prompts that it takes along.
@@ -122,6 +129,33 @@ struct DecodePart {
 }
 
 impl Cost {
+    /// The chance that a request of which nothing is cached meets both its targets, each where it is best met. What
+    /// would miss a target on workers that have nothing else to do gets a target that it meets there, so that only
+    /// the work of others counts against it. 1 where no worker has measured itself yet.
+    pub(crate) fn chance(&self, request: &Request, candidates: &[Candidate]) -> f64 {
+        let known: Vec<(&Candidate, StepTime)> = candidates
+            .iter()
+            .filter(|c| c.role != Role::Encode)
+            .filter_map(|c| Some((c, c.sane_model()?)))
+            .collect();
+        let least = |of: &dyn Fn(&Candidate, &StepTime) -> f64| {
+            known.iter().map(|(c, model)| of(c, model)).min_by(f64::total_cmp)
+        };
+        let tokens = request.prompt_tokens;
+        let context = f64::from(tokens) + request.expected();
+        let Some(alone) = least(&|_, model| model.prefill_alone(tokens, 0)) else { return 1.0 };
+        let step = least(&|_, model| model.step(1.0, 0.0, context)).unwrap_or(0.0);
+        let fair = Request {
+            first_token_seconds: request.first_token_target().max(alone * ALONE),
+            token_seconds: request.token_target().max(step * ALONE),
+            held: Vec::new(),
+            ..*request
+        };
+        let first = least(&|c, _| self.prefill_part(0, c, &fair, None, None).missed).unwrap_or(0.0);
+        let others = least(&|c, _| self.decode_part(0, c, &fair).missed).unwrap_or(0.0);
+        (1.0 - first) * (1.0 - others)
+    }
+
     /// The share of requests with this predicted time that will miss this target.
     fn miss(&self, predicted: f64, target: f64) -> f64 {
         if !target.is_finite() {
@@ -167,7 +201,8 @@ impl Cost {
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
         let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
-        terms.first_token_loss = self.tuning.miss_seconds * self.miss(first, request.first_token_target());
+        let missed = self.miss(first, request.first_token_target());
+        terms.first_token_loss = self.tuning.miss_seconds * missed;
         if c.role == Role::Decode {
             terms.role = self.tuning.prefill_on_decode_seconds;
         }
@@ -175,7 +210,7 @@ impl Cost {
             // A sliver of every step: it would hold its pages for long and delay everybody.
             terms.harm = self.tuning.miss_seconds * (1.0 - share / self.tuning.share_least);
         }
-        PrefillPart { at, terms, cost: terms.sum() }
+        PrefillPart { at, terms, missed, cost: terms.sum() }
     }
 
     /// Bringing what is held against computing it: the cheaper, as seconds to bring and tokens not to compute.
@@ -223,7 +258,7 @@ impl Cost {
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
         let target = request.token_target();
-        let missed = self.miss(after, target);
+        let mut missed = self.miss(after, target);
         terms.token_loss = lost * missed + after;
         if rows > 0.0 {
             terms.harm = lost * rows * (missed - self.miss(before, target));
@@ -240,7 +275,8 @@ impl Cost {
                 let freed_per_second = context / (expected * after).max(1e-6);
                 terms.room = sane_seconds(-free / freed_per_second.max(1.0));
                 let late = terms.room / expected;
-                terms.token_loss = lost * self.miss(after + late, target) + after;
+                missed = self.miss(after + late, target);
+                terms.token_loss = lost * missed + after;
             }
         }
         let step_seconds = if c.timely_seconds > 0.0 {
@@ -249,7 +285,7 @@ impl Cost {
         } else {
             after
         };
-        DecodePart { at, terms, token_seconds: after, step_seconds, cost: terms.sum() }
+        DecodePart { at, terms, missed, token_seconds: after, step_seconds, cost: terms.sum() }
     }
 
     fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
@@ -437,7 +473,7 @@ impl Policy for Cost {
         candidates: &[Candidate],
         prefill: Option<usize>,
     ) -> Option<usize> {
-        let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), cost: 0.0 };
+        let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), missed: 0.0, cost: 0.0 };
         let from = prefill.filter(|&at| at < candidates.len());
         let equal = self.tuning.equal_seconds;
         let (mut least, mut costs) = (f64::INFINITY, Vec::new());
