@@ -43,6 +43,26 @@ fn a_decode_worker_with_much_to_do_is_no_way_around_a_queue() {
 }
 
 #[test]
+fn a_worker_whose_rows_all_decode_takes_no_prompt() {
+    let full = Candidate { timely_seconds: 3.0, ..worker("p", Role::Prefill) };
+    let busy = |decodes| Candidate { decodes, rows_max: 64, ..worker("d", Role::Decode) };
+    assert!(admitted(&request(), &[full.clone(), busy(64)]), "a row ends every 40 ms");
+    let crowded = Candidate { waiting: 50, ..busy(64) };
+    assert!(!admitted(&request(), &[full, crowded]), "two seconds until all who wait have one");
+}
+
+#[test]
+fn decodes_without_a_row_wait_for_their_turn() {
+    let busy = |decodes| Candidate { decodes, rows_max: 64, ..worker("d", Role::Decode) };
+    let idle = Candidate { rows_max: 64, ..worker("p", Role::Prefill) };
+    let answer = Request { max_tokens: 500, ..request() };
+    // A step of 64 rows takes 0.164 s: four turns of that are more than the 0.5 s that a token may take.
+    let both = |decodes| [Candidate { decodes, ..idle.clone() }, busy(decodes)];
+    assert!(admitted(&answer, &both(100)));
+    assert!(!admitted(&answer, &both(260)));
+}
+
+#[test]
 fn decodes_that_leave_no_time_for_another_shut_the_door() {
     let busy = |decodes: u32| Candidate { decodes, ..worker("d", Role::Decode) };
     let prefill = worker("p", Role::Prefill);

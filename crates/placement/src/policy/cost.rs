@@ -97,6 +97,36 @@ const ALONE: f64 = 1.25;
 /// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
 const CERTAIN: f64 = 20.0;
 
+/// The least chance to miss a target; where somebody is sure to meet it, the rest is not looked at.
+fn least(missed: impl Iterator<Item = f64>) -> f64 {
+    let mut least = 1.0;
+    for missed in missed {
+        least = f64::min(least, missed);
+        if least == 0.0 {
+            break;
+        }
+    }
+    least
+}
+
+/// Seconds per token where so many sequences decode over `context` tokens in all. Those who find no row take turns.
+fn token_seconds(model: &StepTime, rows: f64, context: f64, rows_max: u32) -> f64 {
+    let turns = if rows_max > 0 { (rows / f64::from(rows_max)).max(1.0) } else { 1.0 };
+    turns * model.step(rows / turns, 0.0, context / turns)
+}
+
+/// Seconds until a row is free for a prompt. Rows end evenly over the expected length of an answer, and everybody who is
+/// there or waits there will need one; where prompts are handed off, they give theirs back at once.
+fn row_seconds(model: &StepTime, c: &Candidate, request: &Request) -> f64 {
+    let there = c.in_flight.max(c.decodes.saturating_add(c.waiting));
+    if c.role == Role::Prefill || c.rows_max == 0 || there < c.rows_max {
+        return 0.0;
+    }
+    let rows = f64::from(c.rows_max);
+    let before = f64::from(there - c.rows_max) + 1.0;
+    before * request.expected() * model.step(rows, 0.0, c.decode_tokens as f64) / rows
+}
+
 /// Weighs whole routes.
 #[derive(Clone, Debug, Default)]
 pub struct Cost {
@@ -138,21 +168,24 @@ impl Cost {
             .filter(|c| c.role != Role::Encode)
             .filter_map(|c| Some((c, c.sane_model()?)))
             .collect();
-        let least = |of: &dyn Fn(&Candidate, &StepTime) -> f64| {
-            known.iter().map(|(c, model)| of(c, model)).min_by(f64::total_cmp)
-        };
         let tokens = request.prompt_tokens;
         let context = f64::from(tokens) + request.expected();
-        let Some(alone) = least(&|_, model| model.prefill_alone(tokens, 0)) else { return 1.0 };
-        let step = least(&|_, model| model.step(1.0, 0.0, context)).unwrap_or(0.0);
+        let alone = |of: fn(&StepTime, u32, f64) -> f64| {
+            known.iter().map(|(_, model)| of(model, tokens, context)).fold(f64::INFINITY, f64::min)
+        };
+        if known.is_empty() {
+            return 1.0;
+        }
         let fair = Request {
-            first_token_seconds: request.first_token_target().max(alone * ALONE),
-            token_seconds: request.token_target().max(step * ALONE),
+            first_token_seconds: request
+                .first_token_target()
+                .max(ALONE * alone(|m, n, _| m.prefill_alone(n, 0))),
+            token_seconds: request.token_target().max(ALONE * alone(|m, _, n| m.step(1.0, 0.0, n))),
             held: Vec::new(),
             ..*request
         };
-        let first = least(&|c, _| self.prefill_part(0, c, &fair, None, None).missed).unwrap_or(0.0);
-        let others = least(&|c, _| self.decode_part(0, c, &fair).missed).unwrap_or(0.0);
+        let first = least(known.iter().map(|(c, _)| self.prefill_part(0, c, &fair, None, None).missed));
+        let others = least(known.iter().map(|(c, _)| self.decode_part(0, c, &fair).missed));
         (1.0 - first) * (1.0 - others)
     }
 
@@ -197,7 +230,7 @@ impl Cost {
         let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
         let share = self.prefill_share(c, c.decodes, &model, request);
         let usable = (if c.decodes > 0 { share * self.tuning.share_trust } else { 1.0 }).max(0.02);
-        let wait = sane_seconds(c.timely_seconds) / usable;
+        let wait = sane_seconds(sane_seconds(c.timely_seconds) / usable + row_seconds(&model, c, request));
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
         let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
@@ -253,8 +286,8 @@ impl Cost {
         let (rows, expected) = (f64::from(c.decodes), request.expected());
         let own = f64::from(request.prompt_tokens) + expected / 2.0;
         let context = c.decode_tokens as f64;
-        let before = model.step(rows, 0.0, context);
-        let after = model.step(rows + 1.0, 0.0, context + own);
+        let before = token_seconds(&model, rows, context, c.rows_max);
+        let after = token_seconds(&model, rows + 1.0, context + own, c.rows_max);
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
         let target = request.token_target();
