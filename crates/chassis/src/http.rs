@@ -34,6 +34,8 @@ pub struct Limits {
     pub header_timeout: Duration,
     /// Time that a connection may lie idle between two requests.
     pub idle_timeout: Duration,
+    /// Time after which one that lies idle gives its buffers back and keeps a socket only.
+    pub linger: Duration,
     /// Time that an answer may wait for a client to read any of it.
     pub write_timeout: Duration,
     /// Bytes of a head, and of an answer that waits to be written.
@@ -48,6 +50,7 @@ impl Default for Limits {
             connections_max: 16_384,
             header_timeout: Duration::from_secs(10),
             idle_timeout: Duration::from_secs(75),
+            linger: Duration::from_secs(1),
             write_timeout: Duration::from_secs(30),
             buffer_bytes: 64 << 10,
             grace: Duration::from_secs(1),
@@ -87,6 +90,8 @@ async fn accept(listener: &Listener, connections: &Arc<Semaphore>) -> (Stream, O
     }
 }
 
+/// One connection. While it is silent it costs a socket and this wait: what serving it takes comes with the first
+/// byte, and goes when it lies idle.
 async fn connection(
     stream: Stream,
     _permit: OwnedSemaphorePermit,
@@ -94,28 +99,42 @@ async fn connection(
     limits: Arc<Limits>,
     shutdown: Shutdown,
 ) {
-    // Whoever only connects costs a socket and this wait; buffers come with the first byte.
-    let spoke = tokio::select! {
-        spoke = seam::timeout(limits.header_timeout, stream.readable()) => spoke,
-        () = shutdown.stopped() => return,
-    };
-    if !matches!(spoke, Ok(Ok(()))) {
-        return;
+    let mut silence = limits.header_timeout;
+    let mut socket = Socket { stream, before: Bytes::new() };
+    loop {
+        if socket.before.is_empty() {
+            let spoke = tokio::select! {
+                spoke = seam::timeout(silence, socket.stream.readable()) => spoke,
+                () = shutdown.stopped() => return,
+            };
+            if !matches!(spoke, Ok(Ok(()))) {
+                return;
+            }
+        }
+        match Box::pin(served(socket, router.clone(), &limits, &shutdown)).await {
+            Some(idle) => socket = idle,
+            None => return,
+        }
+        silence = limits.idle_timeout.saturating_sub(limits.linger);
     }
+}
+
+/// Serves requests until the connection is over, or lies idle: then it comes back.
+async fn served(socket: Socket, router: Router, limits: &Limits, shutdown: &Shutdown) -> Option<Socket> {
     let progress = Arc::new(Progress::new());
     let service = service_fn({
         let progress = progress.clone();
         move |request: hyper::Request<Incoming>| {
             progress.set(Phase::Answering);
             let (router, progress) = (router.clone(), progress.clone());
-            async move {
+            Box::pin(async move {
                 let request = request.map(Body::new);
                 let response = router.oneshot(request).await.unwrap_or_else(|never| match never {});
                 Ok::<_, Infallible>(response.map(|body| Answer { body, progress }))
-            }
+            })
         }
     });
-    let io = TokioIo::new(Watched { stream, progress: progress.clone() });
+    let io = TokioIo::new(Watched { socket, progress: progress.clone() });
     let mut served = http1::Builder::new()
         .header_read_timeout(None)
         .max_buf_size(limits.buffer_bytes)
@@ -123,7 +142,7 @@ async fn connection(
     let mut stopped = std::pin::pin!(shutdown.stopped());
     let mut stopping = false;
     loop {
-        let look_again = progress.deadline(&limits, seam::now());
+        let look_again = progress.deadline(limits, seam::now());
         tokio::select! {
             // What has come is looked at before the clock is: this process may itself have been late.
             biased;
@@ -131,25 +150,45 @@ async fn connection(
                 if let Err(error) = ended {
                     tracing::debug!(%error, "a connection broke");
                 }
-                return;
+                return None;
             }
             () = &mut stopped, if !stopping => {
                 stopping = true;
                 Pin::new(&mut served).graceful_shutdown();
             }
-            () = seam::sleep_until(look_again) => match progress.overdue(&limits, seam::now()) {
+            () = seam::sleep_until(look_again) => match progress.overdue(limits, seam::now()) {
                 None => {}
                 Some(Overdue::Head) => {
-                    let mut stream = served.into_parts().io.into_inner().stream;
+                    let mut stream = served.into_parts().io.into_inner().socket.stream;
                     let too_slow = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n";
                     let _ = seam::timeout(Duration::from_secs(1), stream.write_all(too_slow)).await;
-                    return;
+                    return None;
                 }
-                Some(Overdue::Idle | Overdue::Write) => return,
+                Some(Overdue::Write) => return None,
+                Some(Overdue::Idle) if stopping => return None,
+                Some(Overdue::Idle) => {
+                    // Where a request or an answer is not over, hyper goes on with it and closes afterwards.
+                    stopping = true;
+                    Pin::new(&mut served).graceful_shutdown();
+                    let over = std::future::poll_fn(|cx| Poll::Ready(served.poll_without_shutdown(cx))).await;
+                    match over {
+                        Poll::Pending => {}
+                        Poll::Ready(Err(_)) => return None,
+                        Poll::Ready(Ok(())) => {
+                            let parts = served.into_parts();
+                            let stream = parts.io.into_inner().socket.stream;
+                            // Of a next head there may be bytes already; a slice, even of none, would keep the buffer.
+                            return Some(Socket { stream, before: Bytes::copy_from_slice(&parts.read_buf) });
+                        }
+                    }
+                }
             }
         }
     }
 }
+
+/// Connections are looked at no more often than this.
+const LOOK_LEAST: Duration = Duration::from_millis(10);
 
 /// What a connection is at, and since when.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +205,7 @@ enum Phase {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Overdue {
     Head,
+    /// Not too long for the client, but for its buffers.
     Idle,
     Write,
 }
@@ -198,11 +238,12 @@ impl Progress {
     /// When to look at `overdue` again at the latest.
     fn deadline(&self, limits: &Limits, now: Time) -> Time {
         let (phase, since) = *self.phase.lock().expect("nothing panics under this lock");
+        // While something happens the phase may change at any time, and it is looked at now and then.
+        let soon = now + limits.linger.max(LOOK_LEAST);
         match phase {
-            Phase::Head => since + limits.header_timeout,
-            // A head may begin meanwhile, and an answer may block.
-            Phase::Idle => (since + limits.idle_timeout).min(now + limits.header_timeout),
-            Phase::Answering => now + limits.header_timeout.min(limits.write_timeout),
+            Phase::Head => soon.min(since + limits.header_timeout),
+            Phase::Idle if self.blocked.load(Ordering::Relaxed) == 0 => since + limits.linger,
+            Phase::Idle | Phase::Answering => soon,
         }
     }
 
@@ -212,7 +253,7 @@ impl Progress {
         match phase {
             _ if blocked > 0 && now.since(Time(blocked)) >= limits.write_timeout => Some(Overdue::Write),
             Phase::Head if now.since(since) >= limits.header_timeout => Some(Overdue::Head),
-            Phase::Idle if now.since(since) >= limits.idle_timeout => Some(Overdue::Idle),
+            Phase::Idle if blocked == 0 && now.since(since) >= limits.linger => Some(Overdue::Idle),
             _ => None,
         }
     }
@@ -250,9 +291,15 @@ impl hyper::body::Body for Answer {
     }
 }
 
+/// A connection's socket, and bytes that were read from it before their turn.
+struct Socket {
+    stream: Stream,
+    before: Bytes,
+}
+
 /// A socket that says what it is at.
 struct Watched {
-    stream: Stream,
+    socket: Socket,
     progress: Arc<Progress>,
 }
 
@@ -277,7 +324,12 @@ impl AsyncRead for Watched {
         buf: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
-        ready!(Pin::new(&mut self.stream).poll_read(cx, buf))?;
+        if self.socket.before.is_empty() {
+            ready!(Pin::new(&mut self.socket.stream).poll_read(cx, buf))?;
+        } else {
+            let count = buf.remaining().min(self.socket.before.len());
+            buf.put_slice(&self.socket.before.split_to(count));
+        }
         if buf.filled().len() > before {
             self.progress.received();
         }
@@ -287,16 +339,16 @@ impl AsyncRead for Watched {
 
 impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
-        let poll = Pin::new(&mut self.stream).poll_write(cx, buf);
+        let poll = Pin::new(&mut self.socket.stream).poll_write(cx, buf);
         self.wrote(poll)
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_flush(cx)
+        Pin::new(&mut self.socket.stream).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.stream).poll_shutdown(cx)
+        Pin::new(&mut self.socket.stream).poll_shutdown(cx)
     }
 
     fn poll_write_vectored(
@@ -304,11 +356,11 @@ impl AsyncWrite for Watched {
         cx: &mut Context<'_>,
         bufs: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        let poll = Pin::new(&mut self.stream).poll_write_vectored(cx, bufs);
+        let poll = Pin::new(&mut self.socket.stream).poll_write_vectored(cx, bufs);
         self.wrote(poll)
     }
 
     fn is_write_vectored(&self) -> bool {
-        self.stream.is_write_vectored()
+        self.socket.stream.is_write_vectored()
     }
 }
