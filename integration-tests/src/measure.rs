@@ -1,11 +1,16 @@
 //! What benches share: a load by `tandem bench`, and figures of several rounds.
 
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use serde_json::Value;
+use tandem_chassis::group::Group;
 use tandem_chassis::seam;
 
 use crate::processes::tandem;
+
+/// A router looks every two seconds whether it has little to do, and gives back then.
+const GIVEN_BACK: Duration = Duration::from_secs(5);
 
 /// Runs `tandem bench` with these arguments and returns its one run, as `--json` writes it.
 pub async fn bench(arguments: &[&str]) -> Result<Value, String> {
@@ -51,4 +56,18 @@ mod tests {
         assert_eq!(number("--rounds", "7"), Ok(7));
         assert!(number("--rounds", "0").unwrap_err().contains("from 1 on"));
     }
+}
+
+/// Resident bytes once they fall no more: what is free is given back a moment after the last work.
+pub async fn at_rest(group: Group) -> u64 {
+    let mut least = group.resident_bytes();
+    for _ in 0..8 {
+        seam::sleep(GIVEN_BACK).await;
+        let now = group.resident_bytes();
+        if now + now / 100 >= least {
+            return now;
+        }
+        least = now;
+    }
+    least
 }

@@ -3,8 +3,10 @@
 use std::time::Duration;
 
 use serde_json::json;
+use tandem_chassis::group::Group;
 use tandem_chassis::seam;
-use tandem_integration_tests::{Spec, TestCluster};
+use tandem_integration_tests::{ProcessCluster, Spec, TestCluster};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use crate::support::{Random, concurrently, run, seed, tiny};
 
@@ -81,5 +83,46 @@ fn a_pool_that_is_too_small_for_everybody_preempts_and_still_answers_everybody()
         }
         cluster.wait_until_idle().await;
         cluster.close().await;
+    });
+}
+
+/// Connections of the next test, and what one may cost while it lies idle.
+const IDLE: u64 = 2000;
+const IDLE_BYTES: u64 = 5 << 10;
+
+/// Waits until a router holds no more than so much; a minute at most.
+async fn until_it_holds(router: Group, bytes: u64, what: &str) {
+    for _ in 0..120 {
+        if router.resident_bytes() <= bytes {
+            return;
+        }
+        seam::sleep(Duration::from_millis(500)).await;
+    }
+    panic!("{what}: {} bytes, not {bytes}", router.resident_bytes());
+}
+
+#[test]
+fn a_connection_that_lies_idle_costs_little_and_is_given_back() {
+    run(async {
+        let cluster =
+            ProcessCluster::start(&["--processes", "--fake=zero", "--prefill", "1", "--decode", "1"]).await;
+        let router = Group::of(cluster.admin.get("/admin/state").await.json["pid"].as_i64().expect("a pid"));
+        let address = cluster.address;
+        let ask = |_| async move {
+            let mut stream = seam::connect_tcp(address).await.expect("it listens");
+            stream.write_all(b"GET /v1/models HTTP/1.1\r\nhost: a\r\n\r\n").await.expect("it is open");
+            let read = stream.read(&mut [0; 4096]).await.expect("it is open");
+            assert!(read > 0);
+            stream
+        };
+        // What the first of everything takes is no connection's.
+        concurrently(200, 32, ask).await;
+        seam::sleep(Duration::from_secs(6)).await;
+        let rest = router.resident_bytes();
+        let open = concurrently(IDLE as usize, 32, ask).await;
+        until_it_holds(router, rest + IDLE * IDLE_BYTES, "idle").await;
+        drop(open);
+        until_it_holds(router, rest + IDLE * IDLE_BYTES / 3, "gone").await;
+        assert_eq!(cluster.interrupt().await, Some(0));
     });
 }

@@ -12,6 +12,7 @@ mod breaker;
 mod config;
 mod dispatch;
 mod link;
+mod memory;
 mod metrics;
 mod planner;
 mod prefixes;
@@ -93,7 +94,11 @@ pub async fn start(
     let loaded = tokio::task::spawn_blocking({
         let context_tokens = config.context_tokens;
         let model_name = model_name.clone();
-        move || text::Model::open(&dir, model_name, context_tokens)
+        move || {
+            let opened = text::Model::open(&dir, model_name, context_tokens);
+            memory::give_back();
+            opened
+        }
     });
     let loaded = loaded.await.map_err(|e| StartError::Model(e.to_string()))?;
     let model = Arc::new(loaded.map_err(|error| StartError::Model(error.to_string()))?);

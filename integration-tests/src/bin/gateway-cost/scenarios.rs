@@ -159,13 +159,12 @@ pub async fn measure(scenario: &Scenario, subject: &Subject, options: &Options) 
         Measure::PerRequest(load) => bench(subject, load, options, Some("router_cpu_us_per_request")).await,
         Measure::PerToken(load) => bench(subject, load, options, Some("router_cpu_us_per_token")).await,
         Measure::FirstToken(load) => first_token(subject, load, options).await,
-        Measure::Rest => Ok(value(mib(group.resident_bytes()))),
+        Measure::Rest => Ok(value(mib(measure::at_rest(group).await))),
         Measure::AfterPrompts => {
-            let before = mib(group.resident_bytes());
+            let before = mib(measure::at_rest(group).await);
             let load = Load { own_bytes: 1024.0, ..SHORT };
             let ran = bench_of(subject, load, &["--requests", &(PROMPTS / few).to_string()], None).await?;
-            seam::sleep(Duration::from_secs(1)).await;
-            Ok(Figure { value: Some(mib(group.resident_bytes()) - before), ..ran })
+            Ok(Figure { value: Some(mib(measure::at_rest(group).await) - before), ..ran })
         }
         Measure::Idle => {
             let idle = sockets::idle(address, group, IDLE / few).await?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tandem_chassis::group::Group;
 use tandem_chassis::seam;
+use tandem_integration_tests::measure::at_rest;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 
@@ -29,7 +30,7 @@ pub struct Idle {
 
 /// Opens `count` connections, sends a request on each, and leaves them be.
 pub async fn idle(address: SocketAddr, group: Group, count: usize) -> Result<Idle, String> {
-    let before = group.resident_bytes();
+    let before = at_rest(group).await;
     let mut open = Vec::with_capacity(count);
     while open.len() < count {
         let batch = (0..BATCH.min(count - open.len())).map(|_| connected(address));
@@ -38,17 +39,15 @@ pub async fn idle(address: SocketAddr, group: Group, count: usize) -> Result<Idl
             Err(_) => break, // it takes no more
         }
     }
-    seam::sleep(SETTLE).await;
-    let during = group.resident_bytes();
+    let during = at_rest(group).await;
     let still_open = |stream: &&TcpStream| {
         let read = stream.try_read(&mut [0; 1]);
         read.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
     };
     let held = open.iter().filter(still_open).count();
     drop(open);
-    seam::sleep(SETTLE).await;
     let per = |bytes: u64| bytes.saturating_sub(before) as f64 / 1024.0 / held.max(1) as f64;
-    Ok(Idle { during: per(during), after: per(group.resident_bytes()), refused: count - held })
+    Ok(Idle { during: per(during), after: per(at_rest(group).await), refused: count - held })
 }
 
 /// A connection on which one request has been answered.
@@ -111,7 +110,7 @@ pub async fn slow_readers(
     count: usize,
     tokens: u32,
 ) -> Result<f64, String> {
-    let before = group.resident_bytes();
+    let before = at_rest(group).await;
     let mut open = Vec::new();
     for number in 0..count {
         let body = serde_json::json!({
