@@ -5,6 +5,7 @@
 //! looked up: most words have been seen before, and a tokenizer takes microseconds for each.
 
 use std::collections::HashMap;
+use std::hash::{BuildHasher, Hasher};
 use std::path::Path;
 use std::sync::RwLock;
 
@@ -13,7 +14,7 @@ use serde_json::Value;
 use tandem_chassis::seam;
 use tandem_types::TokenId;
 use tokenizers::Tokenizer;
-use xxhash_rust::xxh3::Xxh3Builder;
+use xxhash_rust::xxh3::xxh3_64_with_seed;
 
 /// Pieces remembered, in each of two generations: the older one is forgotten when the younger is full.
 const PIECES_MAX: usize = 32_768;
@@ -35,7 +36,33 @@ pub(super) struct Encoder {
 
 /// What stands before every text, and behind it.
 type Frame = (Vec<TokenId>, Vec<TokenId>);
-type Generation = HashMap<Box<str>, Box<[TokenId]>, Xxh3Builder>;
+type Generation = HashMap<Box<str>, Box<[TokenId]>, Seeded>;
+
+/// XXH3 of a piece at once: the hasher that takes input bit by bit has half a kibibyte of state to set up, which costs
+/// more than the rest of a lookup.
+#[derive(Clone, Copy)]
+struct Seeded(u64);
+
+impl BuildHasher for Seeded {
+    type Hasher = Seeded;
+
+    fn build_hasher(&self) -> Seeded {
+        *self
+    }
+}
+
+impl Hasher for Seeded {
+    fn write(&mut self, bytes: &[u8]) {
+        self.0 = xxh3_64_with_seed(bytes, self.0);
+    }
+
+    /// What ends a text's bytes is the same for all.
+    fn write_u8(&mut self, _: u8) {}
+
+    fn finish(&self) -> u64 {
+        self.0
+    }
+}
 
 struct Pieces {
     young: Generation,
@@ -107,7 +134,7 @@ impl Encoder {
 impl Pieces {
     fn new() -> Pieces {
         // What lies in which bucket is nobody's to guess.
-        let generation = || Generation::with_hasher(Xxh3Builder::new().with_seed(seam::random_u64()));
+        let generation = || Generation::with_hasher(Seeded(seam::random_u64()));
         Pieces { young: generation(), old: generation() }
     }
 
@@ -127,24 +154,33 @@ fn first_cut(text: &str, digits: Option<usize>) -> usize {
     let digit = |at: usize| bytes[at].is_ascii_digit();
     // Digits of the row so far; `None` in a row that may have begun with digits of another script.
     let mut row = Some(usize::from(digit(0)));
-    for at in 1..bytes.len() {
+    let mut at = 1;
+    loop {
+        // Nearly all bytes are neither, and this loop is most of what a long prompt costs here.
+        let others = bytes[at..].iter().take_while(|&&byte| byte != b' ' && !byte.is_ascii_digit()).count();
+        if others > 0 {
+            row = Some(0);
+            at += others;
+        }
+        if at == bytes.len() {
+            return at;
+        }
         if digit(at) {
             match (row, digits) {
                 (Some(row), Some(digits)) if row > 0 && row % digits == 0 => return at,
                 _ if !bytes[at - 1].is_ascii() => row = None,
                 _ => row = row.map(|row| row + 1),
             }
-            continue;
+        } else {
+            row = Some(0);
+            if !text[..at].chars().next_back().is_some_and(char::is_whitespace)
+                && text[at + 1..].chars().next().is_some_and(is_letter)
+            {
+                return at;
+            }
         }
-        row = Some(0);
-        if bytes[at] == b' '
-            && !text[..at].chars().next_back().is_some_and(char::is_whitespace)
-            && text[at + 1..].chars().next().is_some_and(is_letter)
-        {
-            return at;
-        }
+        at += 1;
     }
-    bytes.len()
 }
 
 /// Letters for certain (Unicode's category L), of alphabets that put spaces between words.
