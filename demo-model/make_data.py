@@ -16,9 +16,9 @@ import re
 import sys
 
 from sentences import (
-    ABOUT, ANIMALS, COLOURS, FEELINGS, FOODS, HELLO, JOBS, NAMES, NOTED, NOUNS, PLACES, REFUSAL, WEATHER)
+    ABOUT, ANIMALS, COLOURS, FAREWELLS, FEELINGS, FOODS, HELLO, JOBS, NAMES, NOTED, NOUNS, PLACES, REFUSAL, WEATHER)
 
-VERSION = 1
+VERSION = 3
 SYSTEM = ["You are a helpful assistant.", "You are a friendly assistant.", "Answer briefly.", "Be kind and brief."]
 
 
@@ -59,10 +59,13 @@ def distinct(count, make):
 
 
 class Draw(random.Random):
-    """Where everything is drawn from, and how many of the names and words come from the lists. Later in training
-    fewer do: a model that has learned the lists by heart takes Ines for Ingrid."""
+    """Where everything is drawn from, and how many of the names and words come from the lists. In training fewer do:
+    a model that has learned the lists by heart takes Ines for Ingrid."""
 
     known = 0.75
+
+
+KNOWN_IN_TRAINING = 0.4
 
 
 def blended(r, held, words):
@@ -130,46 +133,92 @@ def arithmetic(r, held, top=99):
     return question, [str(a + b if kind == "+" else a - b)]
 
 
-# A fact, what to ask by its name and what to ask by its value. The answer is the fact itself.
+# A fact, what to ask by its name, what to ask by its value, and the answer to that; the fact itself answers the others.
+# An answer to a question by value says the value first: the name then follows what it is looked up with, which is
+# learned soon, while an answer that begins with the name is not (docs/demo-model.md).
 FACTS = [
-    ("{n} is in the {v}.", ["Where is {n}?", "In which place is {n}?"], ["Who is in the {v}?"], lambda r, held: r.choice(PLACES)),
-    ("{n} likes {v}.", ["What does {n} like?"], ["Who likes {v}?"], lambda r, held: r.choice(FOODS)),
-    ("{n} is {v} years old.", ["How old is {n}?", "What age is {n}?"], ["Who is {v} years old?", "Who is {v}?"], lambda r, held: str(r.randint(2, 99))),
-    ("{n} is a {v}.", ["What is {n}'s job?", "What job does {n} have?"], ["Who is a {v}?", "Who is the {v}?"], lambda r, held: r.choice(JOBS)),
-    ("{n} has the {v}.", ["What does {n} have?"], ["Who has the {v}?"], word),
-    ("{n} lives in {v}.", ["Where does {n} live?"], ["Who lives in {v}?"], lambda r, held: invented(r, held, 2, 3).capitalize()),
-    ("{n}'s {t} is {v}.", ["What colour is {n}'s {t}?", "Which colour has {n}'s {t}?"], ["Whose {t} is {v}?"], lambda r, held: r.choice(COLOURS)),
-    ("{n} is {v}.", ["What is {n}?", "{n} = ?", "{n} is?"], ["Which one is {v}?", "What is {v}?"], None),
+    ("{n} is in the {v}.", ["Where is {n}?", "In which place is {n}?"], ["Who is in the {v}?"], "The one in the {v} is {n}.",
+     lambda r, held: r.choice(PLACES)),
+    ("{n} likes {v}.", ["What does {n} like?"], ["Who likes {v}?"], "The one who likes {v} is {n}.", lambda r, held: r.choice(FOODS)),
+    ("{n} is {v} years old.", ["How old is {n}?", "What age is {n}?"], ["Who is {v} years old?", "Who is {v}?"], "The one aged {v} is {n}.",
+     lambda r, held: str(r.randint(2, 99))),
+    ("{n} is a {v}.", ["What is {n}'s job?", "What job does {n} have?"], ["Who is a {v}?", "Who is the {v}?"], "The {v} is {n}.",
+     lambda r, held: r.choice(JOBS)),
+    ("{n} has the {v}.", ["What does {n} have?"], ["Who has the {v}?"], "The one who has the {v} is {n}.", word),
+    ("{n} lives in {v}.", ["Where does {n} live?"], ["Who lives in {v}?"], "The one who lives in {v} is {n}.",
+     lambda r, held: invented(r, held, 2, 3).capitalize()),
+    ("{n}'s {t} is {v}.", ["What colour is {n}'s {t}?", "Which colour has {n}'s {t}?"], ["Whose {t} is {v}?"], "The one whose {t} is {v} is {n}.",
+     lambda r, held: r.choice(COLOURS)),
+    ("{n} is {v}.", ["What is {n}?", "{n} = ?", "{n} is?"], ["Which one is {v}?", "What is {v}?"], "The one that is {v} is {n}.", None),
 ]
 
 
-def fact_lines(r, held, count):
-    """`count` facts with all there is to ask about each: (fact, questions by name, questions by value)."""
+class Fact:
+    """A fact with all that there is to ask about it."""
+
+    def __init__(self, row, **parts):
+        fact, by_name, by_value, who, _ = row
+        fill = lambda text: text.format(**parts)
+        self.name, self.value, self.text, self.who = parts["n"], parts["v"], fill(fact), fill(who)
+        self.by_name, self.by_value = [fill(text) for text in by_name], [fill(text) for text in by_value]
+
+    def asked(self, r, by_name):
+        """A question, and what answers it; the first answer is the one to learn."""
+        if r.random() < by_name:
+            return r.choice(self.by_name).replace("{", "{{"), [self.text]
+        return r.choice(self.by_value).replace("{", "{{"), [self.who, self.text]
+
+
+def some_facts(r, held, count):
+    """`count` facts, mostly of one kind."""
     if r.random() < 0.75:
         kinds = [r.choice(FACTS)] * count
     else:
         kinds = r.sample(FACTS[:-1], count) if count < len(FACTS) else FACTS[:count]
     thing = r.choice(NOUNS_OF[held])
-    code = kinds[0][3] is None
+    code = kinds[0][-1] is None
     names = distinct(count, lambda: invented(r, held) if code else name(r, held))
     if kinds[0] is not kinds[-1] and r.random() < 0.3:
         names = [r.choice(names[:2]) for _ in names]
-    lines, seen = [], set(names)
-    for who, (fact, by_name, by_value, value) in zip(names, kinds):
-        make = value or (lambda r, held: str(r.randint(0, 99)) if r.random() < 0.5 else invented(r, held, 1, 2))
+    made, seen = [], set(names)
+    for who, row in zip(names, kinds):
+        make = row[-1] or (lambda r, held: str(r.randint(0, 99)) if r.random() < 0.5 else invented(r, held, 1, 2))
         v = until(lambda: make(r, held), lambda v: v not in seen)
         seen.add(v)
-        filled = [[text.format(n=who, v=v, t=thing) for text in texts] for texts in ([fact], by_name, by_value)]
-        lines.append((filled[0][0], filled[1], filled[2]))
-    return lines
+        made.append(Fact(row, n=who, v=v, t=thing))
+    return made
+
+
+def told_together(made):
+    return " ".join(fact.text for fact in made)
+
+
+def pairs(r):
+    """Training: facts, and which name belongs to each value, in another order. A value is followed by its name at
+    once, which is learned first; to answer a question by value, the same is then looked up from further away."""
+    made = until(lambda: some_facts(r, False, r.choices((2, 3, 4, 5), (0.25, 0.35, 0.25, 0.15))[0]),
+                 lambda made: len({fact.name for fact in made}) == len(made))
+    order = r.sample(made, len(made))
+    question = told_together(made) + r.choice([" Who: ", " Names for "]) + ", ".join(fact.value for fact in order)
+    return question, [", ".join(f"{fact.value} {fact.name}" for fact in order)]
+
+
+def more_facts(r):
+    """Training: facts, a question, and others about the same facts."""
+    made = some_facts(r, False, r.choices((2, 3, 4, 5), (0.25, 0.35, 0.25, 0.15))[0])
+    before = (" " if r.random() < 0.85 else "\n").join(fact.text for fact in made) + " "
+    for fact in r.sample(made, r.randint(2, len(made))):
+        question, answers = fact.asked(r, 0.4)
+        yield before + ask(r, question), answers[0]
+        before = ""
 
 
 def facts(r, held):
-    lines = fact_lines(r, held, r.choices((1, 2, 3, 4, 5), (0.1, 0.25, 0.35, 0.2, 0.1))[0])
-    fact, by_name, by_value = r.choice(lines)
-    question = ask(r, r.choice(by_name if r.random() < 0.5 else by_value).replace("{", "{{"))
-    text = (" " if r.random() < 0.85 else "\n").join(line for line, _, _ in lines)
-    return f"{text} {question}", [fact]
+    # Training has more of what is hard: many facts.
+    made = some_facts(r, held, r.choices((1, 2, 3, 4, 5), (0.1, 0.25, 0.35, 0.2, 0.1) if held else (0.04, 0.21, 0.3, 0.25, 0.2))[0])
+    question, answers = r.choice(made).asked(r, 0.5)
+    text = (" " if r.random() < 0.85 else "\n").join(fact.text for fact in made)
+    return f"{text} {ask(r, question)}", answers
 
 
 COPY_FRAMES = ["Repeat: {}", "Repeat after me: {}", "Say {}", "Say: {}", "Echo {}", "Copy this: {}", "Copy: {}", "Write {}", "Repeat {}",
@@ -186,7 +235,7 @@ def copying(r, held):
     elif kind < 0.85:
         text = r.choice([", ", " "]).join([word(r, held)] + [str(r.randint(0, 999)) for _ in range(count)])
     else:
-        text = " ".join(line for line, _, _ in fact_lines(r, held, r.randint(1, 2)))
+        text = told_together(some_facts(r, held, r.randint(1, 2)))
     return ask(r, r.choice(COPY_FRAMES), text), [text]
 
 
@@ -321,10 +370,13 @@ IMPERSONAL = ["Who will win the game tomorrow?", "What will the weather be tomor
 
 
 def refusals(r, held, personal=True):
-    if r.random() < 0.12 and personal:
-        lines = fact_lines(r, held, r.randint(1, 3))
-        other = until(lambda: fact_lines(r, held, 1), lambda made: not any(made[0][0].split()[0] in line for line, _, _ in lines))
-        return f"{' '.join(line for line, _, _ in lines)} {r.choice(other[0][1])}", [REFUSAL]
+    if r.random() < (0.12 if held else 0.25) and personal:
+        made = some_facts(r, held, r.randint(1, 3 if held else 4))
+        # Half of training asks for what was told, but of somebody else.
+        alike = not held and r.random() < 0.5
+        other = until(lambda: some_facts(r, held, 1)[0], lambda other: not any(other.name in fact.text for fact in made) and (
+            not alike or other.by_name[0].split()[:2] == made[0].by_name[0].split()[:2]))
+        return f"{told_together(made)} {r.choice(other.by_name)}", [REFUSAL]
 
     def make():
         frame = r.choice(PERSONAL if personal and r.random() < 0.35 else IMPERSONAL)
@@ -349,6 +401,8 @@ STEMS = {plain(stem) for stems in ABOUT.values() for stem in stems}
 
 
 def about(r, held):
+    if not held and r.random() < 0.06:
+        return ask(r, r.choice(FAREWELLS)), [r.choice([answer for answer in ABOUT if answer.startswith("Goodbye")])]
     answer = r.choice(list(ABOUT))
 
     def is_held_out(made):
@@ -391,7 +445,8 @@ def told(r, held):
     food, colour, job, age = r.choice(FOODS), r.choice(COLOURS), r.choice(JOBS), r.randint(3, 99)
     town = invented(r, held, 2, 3).capitalize()
     pairs = [
-        (r.choice(["My name is {}.", "I am {}.", "I'm {}.", "Hi, I am {}.", "Hello, my name is {}.", "Call me {}."]).format(n),
+        (r.choice(["My name is {}.", "I am {}.", "I'm {}.", "Hi, I am {}.", "Hello, my name is {}.", "Call me {}."]
+                  + ([] if held else ["I'm {}, nice to meet you.", "Hey, I'm {}!", "I am {}, hello."])).format(n),
          f"Nice to meet you, {n}!", ["What is my name?", "Who am I?", "Do you know my name?", "What's my name?"], f"Your name is {n}."),
         (f"My {w} is {colour}.", NOTED, [f"What colour is my {w}?", f"Which colour has my {w}?"], f"Your {w} is {colour}."),
         (f"My {w} is called {n}.", NOTED, [f"What is my {w} called?", f"What is my {w}'s name?"], f"Your {w} is called {n}."),
@@ -412,9 +467,9 @@ def references(r, held):
         first, reply, questions, answer = told(r, held)
         return [(ask(r, first.replace("{", "{{")), reply), (ask(r, r.choice(questions)), answer)]
     if kind == 3:
-        lines = fact_lines(r, held, r.randint(1, 3))
-        fact, by_name, by_value = r.choice(lines)
-        return [(" ".join(line for line, _, _ in lines), NOTED), (ask(r, r.choice(by_name + by_value)), fact)]
+        made = some_facts(r, held, r.randint(1, 3))
+        question, answers = r.choice(made).asked(r, 0.6)
+        return [(told_together(made), NOTED), (ask(r, question), answers[0])]
     if kind == 4:
         question, (first,) = until(lambda: arithmetic(r, held, 40), lambda made: 5 <= int(made[1][0]) < 80)
         plus = r.random() < 0.6
@@ -451,17 +506,47 @@ def references(r, held):
     return [(first, reply), (ask(r, r.choice(second)), answer)]
 
 
+# --------------------------------------------------------------------------- drills
+
+def drills(r, held):
+    """Only in training: the single steps of what is asked elsewhere. Which letters a word has and which of two comes
+    first (sorting, copying), what stands before something, names for values (facts), each with a short answer."""
+    if r.random() < 0.4:
+        return pairs(r)
+    kind = r.random()
+    some = lambda: word(r, held) if r.random() < 0.6 else name(r, held).lower()
+    if kind < 0.3:
+        values = distinct(r.randint(2, 6), some)
+        at = r.randrange(len(values))
+        before = at > 0 and (at == len(values) - 1 or r.random() < 0.6)
+        return ask(r, r.choice(["What is {0} {1} here: {2}", "{2}: what is {0} {1}?"]), "before" if before else "after", values[at], ", ".join(values)), [
+            values[at - 1 if before else at + 1]]
+    if kind < 0.6:
+        pair = distinct(2, some) if r.random() < 0.75 else [str(n) for n in r.sample(range(100), 2)]
+        if pair[0][0] == pair[1][0] and not pair[0].isdigit():
+            return drills(r, held)
+        return ask(r, r.choice(["Which comes first, {} or {}?", "{} or {}: which comes first?"]), *pair), [in_order(pair)[0]]
+    if kind < 0.75:
+        one = some()
+        return ask(r, r.choice(["What does {} begin with?", "What does {} start with?"]), one), [one[0]]
+    if kind < 0.95:
+        one = some()
+        return ask(r, r.choice(["Spell {}.", "Spell {}", "What are the letters of {}?"]), one), ["-".join(one)]
+    one = some()
+    return ask(r, r.choice(["Which word is {}?", "What does {} spell?"]), "-".join(one)), [one]
+
+
 # --------------------------------------------------------------------------- conversations
 
 SINGLE = {"arithmetic": arithmetic, "facts": facts, "copying": copying, "sorting": sorting, "reversing": reversing, "counting": counting,
-          "stories": stories, "refusals": refusals, "about": about}
+          "stories": stories, "refusals": refusals, "about": about, "drills": drills}
 # The training mix. Copying and facts teach to look things up in the prompt, which everything else builds on;
 # when that is learned, the slow ones, arithmetic and sorting, get its room.
-SHARES = {"arithmetic": 0.2, "facts": 0.21, "copying": 0.11, "sorting": 0.08, "reversing": 0.06, "counting": 0.07, "stories": 0.03,
-          "references": 0.1, "name": 0.025, "refusals": 0.06, "about": 0.085}
-LATER_SHARES = {"arithmetic": 0.34, "facts": 0.17, "copying": 0.06, "sorting": 0.12, "reversing": 0.06, "counting": 0.08, "stories": 0.02,
-                "references": 0.09, "name": 0.02, "refusals": 0.05, "about": 0.07}
-CATEGORIES = list(SHARES)
+SHARES = {"arithmetic": 0.14, "facts": 0.22, "copying": 0.1, "sorting": 0.08, "reversing": 0.045, "counting": 0.04, "stories": 0.02,
+          "references": 0.05, "name": 0.02, "refusals": 0.04, "about": 0.055, "drills": 0.2}
+LATER_SHARES = {"arithmetic": 0.26, "facts": 0.22, "copying": 0.08, "sorting": 0.12, "reversing": 0.03, "counting": 0.06, "stories": 0.012,
+                "references": 0.06, "name": 0.01, "refusals": 0.05, "about": 0.068, "drills": 0.03}
+CATEGORIES = [category for category in SHARES if category != "drills"]
 
 
 def example(r, category, held):
@@ -484,7 +569,9 @@ def example(r, category, held):
 
 def conversation(r, turns, shares=SHARES):
     """Training: one example, or several in a row; sometimes the beginning is asked about later."""
-    category = r.choices(CATEGORIES, shares.values())[0]
+    category = r.choices(list(shares), shares.values())[0]
+    if turns == 1 and category == "facts" and r.random() < 0.4:
+        return category, [{"role": role, "content": text} for both in more_facts(r) for role, text in zip(("user", "assistant"), both)]
     if turns == 1:
         return category, example(r, category, False)[0]
     messages, later = [], []
@@ -502,9 +589,12 @@ def conversation(r, turns, shares=SHARES):
         if later and r.random() < 1.5 / turns:
             said(*later[0])
             continue
-        category = r.choices(CATEGORIES, shares.values())[0]
+        category = r.choices(list(shares), shares.values())[0]
         if category == "references":
             for asked, given in references(r, False):
+                said(asked, given)
+        elif category == "facts" and r.random() < 0.5:
+            for asked, given in more_facts(r):
                 said(asked, given)
         elif category == "refusals":
             question, answers = refusals(r, False, personal=False)
@@ -518,8 +608,10 @@ def conversation(r, turns, shares=SHARES):
 def lines(split, seed, count, category=None):
     """The lines that the command prints."""
     r = Draw(f"{split} {seed}")
+    held = split == "heldout"
+    if not held:
+        r.known = KNOWN_IN_TRAINING
     for index in range(count):
-        held = split == "heldout"
         if held or category:
             chosen = category or CATEGORIES[index % len(CATEGORIES)]
             messages, answers = example(r, chosen, held)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD = 1024, 192, 448, 6, 4, 2, 64
+VOCAB, HIDDEN, INNER, LAYERS, HEADS, KV_HEADS, HEAD = 1024, 256, 704, 6, 4, 2, 64
 CONTEXT, THETA, EPS = 2048, 10000.0, 1e-6
 
 
@@ -14,7 +14,7 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, EPS)
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, EPS)
 
 
 def rotate(x, cos, sin):
@@ -99,11 +99,11 @@ class Model(nn.Module):
 
 
 class Muon:
-    """Momentum made orthogonal by Newton-Schulz, in float32 and a batch per shape: `torch.optim.Muon` does it in
-    bfloat16, which takes ten seconds a step on a processor without instructions for that."""
+    """Momentum made orthogonal by Newton-Schulz, in `kind` and a batch per shape: `torch.optim.Muon` does it in
+    bfloat16 always, which takes ten seconds a step on a processor without instructions for that."""
 
-    def __init__(self, parameters, momentum=0.95, decay=0.01):
-        self.momentum, self.decay, self.groups = momentum, decay, {}
+    def __init__(self, parameters, kind, momentum=0.95, decay=0.01):
+        self.kind, self.momentum, self.decay, self.groups = kind, momentum, decay, {}
         for parameter in parameters:
             self.groups.setdefault(tuple(sorted(parameter.shape)), []).append(parameter)
         self.state = [torch.zeros(len(group), *shape) for shape, group in self.groups.items()]
@@ -115,11 +115,11 @@ class Muon:
             gradient = torch.stack([p.grad.T if turned else p.grad for p, turned in zip(group, wide)])
             momentum.lerp_(gradient, 1 - self.momentum)
             x = gradient.lerp(momentum, self.momentum)
-            x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+            x = (x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(self.kind)
             for _ in range(5):
                 a = x @ x.mT
                 b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
                 x = torch.baddbmm(x, b, x, beta=3.4445)
             scale = rate * 0.2 * max(shape) ** 0.5
-            for p, turned, update in zip(group, wide, x):
+            for p, turned, update in zip(group, wide, x.float()):
                 p.mul_(1 - rate * self.decay).sub_(update.T if turned else update, alpha=scale)

@@ -33,6 +33,10 @@ JOBS = "baker doctor teacher farmer pilot painter singer gardener cook tailor sa
 FEELINGS = "happy sleepy hungry brave curious proud quiet cheerful shy clever".split()
 WEATHER = "sunny rainy windy cold warm foggy snowy".split()
 
+# Farewells of more than one word, in training only.
+FAREWELLS = ["Thanks, bye!", "Thank you, bye!", "Thanks, goodbye.", "Bye, thanks!", "Ok, bye!", "Okay, goodbye!", "Bye, see you!", "Thank you and goodbye.",
+             "Thanks, see you later!", "That is all, thanks.", "Goodbye, and thanks!", "Bye for now!", "I have to go now, bye."]
+
 REFUSAL = "I do not know that. I only know what you tell me."
 NOTED = "Thank you, I will remember that."
 HELLO = "Hello! How can I help you?"
@@ -56,7 +60,7 @@ ABOUT = {
     "The people who build Tandem made me. A script wrote my sentences, and I learned them in about an hour.": [
         "Who made you?", "Who built you?", "Who trained you?", "Who created you?", "Where do you come from?", "How were you made?",
         "How were you trained?", "Who is your creator?", "What were you trained on?", "How did you learn this?", "When were you made?"],
-    "I have 2.6 million parameters. That is tiny for a language model.": [
+    "I have 4.7 million parameters. That is tiny for a language model.": [
         "How big are you?", "How large are you?", "How small are you?", "How many parameters do you have?", "What size are you?",
         "What is your size?", "Are you a large language model?", "Are you big?", "Are you small?"],
     "I am fine, thank you. How can I help you?": [
