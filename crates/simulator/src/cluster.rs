@@ -270,8 +270,8 @@ impl<'a> Cluster<'a> {
         }
         let shape = w.batcher.plan(self.now);
         if shape.is_none() {
-            for id in w.batcher.take_preempted() {
-                self.preempted(id);
+            for (id, tokens) in w.batcher.take_preempted() {
+                self.preempted(id, tokens);
             }
             return;
         }
@@ -313,7 +313,7 @@ impl<'a> Cluster<'a> {
                     self.end(id, worker);
                 }
                 Happened::FirstToken(id) => self.first_token(id, worker),
-                Happened::Preempted(id) => self.preempted(id),
+                Happened::Preempted(id, tokens) => self.preempted(id, tokens),
             }
         }
         self.observer.drawn(f64::from(rows), f64::from(ended), self.now);
@@ -329,8 +329,9 @@ impl<'a> Cluster<'a> {
     }
 
     /// Lost its pages; it is placed again with what it has.
-    fn preempted(&mut self, id: JobId) {
+    fn preempted(&mut self, id: JobId, tokens: u32) {
         self.outcome.preempted += 1;
+        self.jobs[id as usize].made = tokens - self.workload.arrivals[id as usize].input;
         let worker = self.jobs[id as usize].worker as usize;
         self.lose(id, worker);
     }

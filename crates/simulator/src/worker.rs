@@ -63,7 +63,7 @@ impl Batcher {
         }
     }
 
-    pub(crate) fn take_preempted(&mut self) -> Vec<JobId> {
+    pub(crate) fn take_preempted(&mut self) -> Vec<(JobId, u32)> {
         both!(self, b => b.take_preempted())
     }
 
