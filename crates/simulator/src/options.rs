@@ -103,8 +103,10 @@ pub struct Options {
     pub link_bytes: f64,
     /// Coefficient of variation of step times.
     pub noise: f64,
-    /// Age of the router's views.
+    /// Age of the routers' views.
     pub stale: Duration,
+    /// Routers that take turns. Of what another has sent, one knows by reports alone.
+    pub routers: usize,
     /// By what share predictors are too high.
     pub bias: f64,
     /// When offline work is admitted.
@@ -142,6 +144,7 @@ impl Default for Options {
             link_bytes: 40e9,
             noise: 0.0,
             stale: Duration::ZERO,
+            routers: 1,
             bias: 0.0,
             offline: Offline::Slack,
             as_reference: false,
@@ -174,8 +177,8 @@ impl Options {
         {
             return Err(format!("{} is not a split of {} workers", self.split, self.workers));
         }
-        if self.workers == 0 {
-            return Err("a cluster has workers".into());
+        if self.workers == 0 || self.routers == 0 {
+            return Err("a cluster has workers and a router".into());
         }
         tandem_placement::named(&self.policy).map(|_| ())?;
         for (name, value) in [("noise", self.noise), ("bias", self.bias)] {

@@ -281,6 +281,14 @@ impl Real {
         (self.rows.len() as u32, self.context)
     }
 
+    pub(crate) fn contexts(&self, routers: usize) -> Vec<u64> {
+        let mut tokens = vec![0; routers];
+        for (id, row) in &self.rows {
+            tokens[*id as usize % routers] += u64::from(*row);
+        }
+        tokens
+    }
+
     pub(crate) fn prompts(&self) -> usize {
         self.prompts.len()
     }

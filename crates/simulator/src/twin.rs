@@ -400,6 +400,15 @@ impl Twin {
         (self.rows.len() as u32, self.context)
     }
 
+    /// Tokens of the sequences decoding, by the router that each is of, where routers take turns.
+    pub fn contexts(&self, routers: usize) -> Vec<u64> {
+        let mut tokens = vec![0; routers];
+        for row in &self.rows {
+            tokens[row.job.id as usize % routers] += u64::from(row.job.tokens);
+        }
+        tokens
+    }
+
     /// Tokens of online sequences decoding, and how many.
     pub fn online_decodes(&self) -> usize {
         self.rows.iter().filter(|row| row.job.class == ServiceClass::Online).count()

@@ -84,6 +84,9 @@ pub struct SimConfig {
     /// Age of the router's view in milliseconds
     #[arg(long, default_value_t = 0.0)]
     stale_ms: f64,
+    /// Routers that take turns; each knows of what the others have sent by reports alone
+    #[arg(long, default_value_t = 1)]
+    routers: usize,
     /// Share by which predictors are too high (too low if negative)
     #[arg(long, default_value_t = 0.0)]
     bias: f64,
@@ -231,6 +234,7 @@ fn options(config: &SimConfig) -> Result<Options, String> {
         shared_links,
         noise: config.noise,
         stale: Duration::from_secs_f64(config.stale_ms / 1e3),
+        routers: config.routers,
         bias: config.bias,
         offline,
         seed: config.seed,
