@@ -7,8 +7,8 @@
 use std::collections::VecDeque;
 use std::time::Duration;
 
-use tandem_batching::pace::{self, Line, Order, Pace};
-use tandem_types::{ServiceClass, Time};
+use tandem_batching::pace::{self, Budget, Line, Order, Pace};
+use tandem_types::{ServiceClass, StepTime, Time};
 
 use crate::candidate::{SECONDS_MAX, sane_seconds};
 
@@ -95,6 +95,17 @@ impl Ledger {
         self.remember(now);
     }
 
+    /// The worker holds so many tokens of a prompt already, and the rest takes so long. A leg that has no prompt here
+    /// changes nothing.
+    pub fn prompt_cached(&mut self, leg: u32, cached: u32, seconds: f64, now: Time) {
+        let Some(Open { prompt, .. }) = self.line.iter_mut().find(|open| open.leg == leg) else { return };
+        let seconds = sane_seconds(seconds);
+        self.queue_seconds = (self.queue_seconds - prompt.seconds + seconds).max(0.0);
+        prompt.cached = cached.min(prompt.tokens.saturating_sub(1));
+        prompt.seconds = seconds;
+        self.remember(now);
+    }
+
     /// Its first token is here, or it will never come. A leg that has no prompt here changes nothing.
     pub fn prompt_over(&mut self, leg: u32, now: Time) {
         let Some(place) = self.line.iter().position(|open| open.leg == leg) else { return };
@@ -171,16 +182,17 @@ impl Ledger {
         self.made = made;
     }
 
-    /// What is there now. `pace` is that by which the worker computes its prompts.
+    /// What is there now. `by_deadline` is the model of a worker that puts its prompts in order by deadline; without
+    /// one, all are as timely as they came.
     ///
     /// What is first in line is taken to be under way since the last answer. Of others, prompts are taken off as
     /// fast as one worker computes them, so that an old report neither scares nor lures for ever, and decodes
     /// stay as they were: as many begin as end.
-    pub fn load(&mut self, pace: &Pace, now: Time) -> Load {
+    pub fn load(&mut self, by_deadline: Option<StepTime>, now: Time) -> Load {
         let under_way = self.under_way(now);
-        let own_timely = match pace.order {
-            Order::Arrival => self.queue_seconds - under_way,
-            Order::Deadline => self.arrange(pace, under_way, now),
+        let own_timely = match by_deadline {
+            Some(model) => self.arrange(model, under_way, now),
+            None => self.queue_seconds - under_way,
         };
         let own_queue = (self.queue_seconds - under_way).max(0.0);
         let drained = now.since(self.made).as_secs_f64();
@@ -203,10 +215,12 @@ impl Ledger {
     }
 
     /// Orders own prompts as the worker does, and says how many seconds of them can be in time.
-    fn arrange(&mut self, pace: &Pace, under_way: f64, now: Time) -> f64 {
+    fn arrange(&mut self, model: StepTime, under_way: f64, now: Time) -> f64 {
         let Some(first) = self.line.iter().next() else { return 0.0 };
+        let (budget, order) = (Budget::Slack(u32::MAX), Order::Deadline);
+        let pace = Pace { order, budget, model, headroom_tokens: 0, expected_tokens: 1.0 };
         let (first, share) = (first.leg, under_way / first.prompt.seconds.max(1e-9));
-        self.line.arrange(pace, now, |open| {
+        self.line.arrange(&pace, now, |open| {
             let Prompt { tokens, cached, due, class, .. } = open.prompt;
             let left = f64::from(tokens - cached) * if open.leg == first { 1.0 - share } else { 1.0 };
             Some(pace::Prompt { left: left as u32, total: tokens, begun: open.leg == first, due, class })
@@ -216,15 +230,10 @@ impl Ledger {
 
 #[cfg(test)]
 mod tests {
-    use tandem_batching::pace::Budget;
-
     use super::*;
     use crate::predictor::PROFILES;
 
-    fn pace(order: Order) -> Pace {
-        let model = PROFILES[0].step;
-        Pace { order, budget: Budget::Slack(2048), model, headroom_tokens: 0, expected_tokens: 256.0 }
-    }
+    const DEADLINE: Option<StepTime> = Some(PROFILES[0].step);
 
     fn at(ms: u64) -> Time {
         Time::from_millis(ms)
@@ -237,7 +246,7 @@ mod tests {
     }
 
     fn queue(ledger: &mut Ledger, now: Time) -> f64 {
-        ledger.load(&pace(Order::Arrival), now).queue_seconds
+        ledger.load(None, now).queue_seconds
     }
 
     fn near(a: f64, b: f64) {
@@ -259,7 +268,7 @@ mod tests {
         let report =
             Load { queue_seconds: 2.0 * one.seconds, timely_seconds: 0.0, decodes: 1, decode_tokens: 1000 };
         ledger.report(report, at(100));
-        let load = ledger.load(&pace(Order::Arrival), at(250));
+        let load = ledger.load(None, at(250));
         near(load.queue_seconds, one.seconds - 0.05);
         assert_eq!((load.decodes, load.decode_tokens), (1, 4107));
     }
@@ -278,7 +287,7 @@ mod tests {
         };
         ledger.report(report, at(50));
         ledger.prompt_over(1, at(100));
-        let load = ledger.load(&pace(Order::Deadline), at(150));
+        let load = ledger.load(DEADLINE, at(150));
         near(load.queue_seconds, 0.3);
         near(load.timely_seconds, 0.1);
         assert_eq!((load.decodes, load.decode_tokens), (3, 1700));
@@ -302,11 +311,24 @@ mod tests {
         ledger.prompt_sent(1, prompt(4096, 1_000), at(0));
         ledger.prompt_sent(2, prompt(32_768, 1_000), at(0)); // takes longer than that by itself
         ledger.prompt_sent(3, prompt(4096, 1_000), at(0));
-        let load = ledger.load(&pace(Order::Deadline), at(0));
+        let load = ledger.load(DEADLINE, at(0));
         near(load.timely_seconds, 2.0 * prompt(4096, 0).seconds);
         near(load.queue_seconds, load.timely_seconds + prompt(32_768, 0).seconds);
-        let by_arrival = ledger.load(&pace(Order::Arrival), at(0));
+        let by_arrival = ledger.load(None, at(0));
         near(by_arrival.timely_seconds, by_arrival.queue_seconds);
+    }
+
+    #[test]
+    fn what_turns_out_to_be_cached_is_taken_off() {
+        let mut ledger = Ledger::default();
+        ledger.prompt_sent(1, prompt(4096, 1_000), at(0));
+        ledger.prompt_sent(2, prompt(4096, 1_000), at(0));
+        ledger.prompt_cached(2, 4000, 0.01, at(0));
+        ledger.prompt_cached(3, 4000, 0.01, at(0));
+        near(queue(&mut ledger, at(0)), prompt(4096, 0).seconds + 0.01);
+        ledger.prompt_over(1, at(50));
+        ledger.prompt_over(2, at(60));
+        assert_eq!(queue(&mut ledger, at(60)), 0.0);
     }
 
     #[test]
@@ -314,7 +336,7 @@ mod tests {
         let mut ledger = Ledger::default();
         let cached = Prompt { cached: 9_999, seconds: 0.01, ..prompt(4096, 1_000) };
         ledger.prompt_sent(1, cached, at(0));
-        let load = ledger.load(&pace(Order::Deadline), at(0));
+        let load = ledger.load(DEADLINE, at(0));
         assert!(load.timely_seconds > 0.0 && load.timely_seconds <= 0.01, "{load:?}");
     }
 
@@ -325,10 +347,10 @@ mod tests {
         ledger.decode_over(100, at(0));
         ledger.prompt_sent(1, Prompt { seconds: f64::NAN, ..prompt(0, 0) }, at(2_000));
         ledger.prompt_over(1, at(1_000));
-        assert_eq!(ledger.load(&pace(Order::Deadline), at(0)), Load::default());
+        assert_eq!(ledger.load(DEADLINE, at(0)), Load::default());
         let nonsense = Load { queue_seconds: f64::NAN, timely_seconds: f64::INFINITY, ..Load::default() };
         ledger.report(nonsense, at(3_000));
-        let load = ledger.load(&pace(Order::Deadline), at(2_000));
+        let load = ledger.load(DEADLINE, at(2_000));
         assert!(load.queue_seconds.is_finite() && load.timely_seconds <= load.queue_seconds, "{load:?}");
     }
 }

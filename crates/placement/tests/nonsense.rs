@@ -5,7 +5,6 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proptest::prelude::*;
-use tandem_batching::pace::{Budget, Order, Pace};
 use tandem_placement::admission::{Limits, Verdict, admit};
 use tandem_placement::cost::Cost;
 use tandem_placement::index::{Change, Index};
@@ -287,17 +286,10 @@ proptest! {
 
     #[test]
     fn a_ledger_stays_between_nothing_and_a_day(
-        events in prop::collection::vec((0..6u8, 0..4u32, any::<u32>(), number(), moment()), 1..60),
+        events in prop::collection::vec((0..7u8, 0..4u32, any::<u32>(), number(), moment()), 1..60),
         step in step_time(),
     ) {
         let mut ledger = Ledger::default();
-        let pace = |order| Pace {
-            order,
-            budget: Budget::Slack(2048),
-            model: step,
-            headroom_tokens: 0,
-            expected_tokens: 256.0,
-        };
         for (what, leg, tokens, seconds, at) in events {
             let class = ServiceClass::Online;
             match what {
@@ -306,6 +298,7 @@ proptest! {
                 2 => ledger.decode_sent(tokens, at),
                 3 => ledger.drawn(tokens, at),
                 4 => ledger.decode_over(tokens, at),
+                5 => ledger.prompt_cached(leg, tokens, seconds, at),
                 _ => {
                     let (decodes, decode_tokens) = (tokens, u64::from(tokens) << 32);
                     let (queue_seconds, timely_seconds) = (seconds, -seconds);
@@ -314,8 +307,8 @@ proptest! {
                 }
             }
             for now in [Time::ZERO, at, Time::MAX] {
-                for order in [Order::Arrival, Order::Deadline] {
-                    let load = ledger.load(&pace(order), now);
+                for by_deadline in [None, Some(step)] {
+                    let load = ledger.load(by_deadline, now);
                     prop_assert!((0.0..=86_400.0).contains(&load.queue_seconds), "{load:?}");
                     prop_assert!((0.0..=load.queue_seconds).contains(&load.timely_seconds), "{load:?}");
                 }

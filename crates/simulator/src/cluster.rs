@@ -4,7 +4,7 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
-use tandem_batching::pace::{Budget, Pace};
+use tandem_batching::pace::{Budget, Order, Pace};
 use tandem_placement::index::{Change, Index};
 use tandem_placement::ledger::{self, Ledger, Load};
 use tandem_placement::planner::{self, Observer, Planner};

@@ -54,7 +54,13 @@ fn options() -> impl Strategy<Value = Options> {
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
     let numbers = (0..3u32, (0..3u64, 1..4usize), -1..2i32, any::<u64>());
     (split, policy, flags, numbers, faults()).prop_map(
-        |(split, policy, (deadline, planner, cached, pulls, shared), (noise, (stale, routers), bias, seed), faults)| {
+        |(
+            split,
+            policy,
+            (deadline, planner, cached, pulls, shared),
+            (noise, (stale, routers), bias, seed),
+            faults,
+        )| {
             Options {
                 split,
                 workers: match split {

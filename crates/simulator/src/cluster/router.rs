@@ -222,11 +222,12 @@ impl<'a> Cluster<'a> {
 
     /// Brings the view up to date, as the router has it whose turn this is.
     pub(super) fn refresh(&mut self, turn: usize) {
-        let (pace, exact) = (self.pace(), self.options.stale.is_zero());
+        let exact = self.options.stale.is_zero();
+        let by_deadline = (self.options.order == Order::Deadline).then_some(self.predicted);
         for (worker, candidate) in self.workers.iter_mut().zip(&mut self.view) {
             if !exact {
                 let router = turn % worker.ledgers.len();
-                show(candidate, &worker.ledgers[router].load(&pace, self.now));
+                show(candidate, &worker.ledgers[router].load(by_deadline, self.now));
             } else if worker.dirty {
                 worker.dirty = false;
                 let report = worker.report(self.now);
