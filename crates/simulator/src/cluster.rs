@@ -5,6 +5,7 @@ use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
 use tandem_batching::pace::{Budget, Order, Pace};
+use tandem_placement::admission::{self, Limits, Verdict};
 use tandem_placement::index::{Change, Index};
 use tandem_placement::ledger::{self, Ledger, Load};
 use tandem_placement::planner::{self, Observer, Planner};

@@ -89,6 +89,9 @@ pub struct Options {
     pub order: Order,
     /// Whether roles change.
     pub planner: bool,
+    /// Whether `cost` refuses what is rather late than in time, as a router with targets does. Who is refused comes
+    /// again when told to, with what is left of its targets.
+    pub admission: bool,
     /// Targets: first token, and seconds per token on average.
     pub first_token: Duration,
     /// See `first_token`.
@@ -136,6 +139,7 @@ impl Default for Options {
             policy: "cost".to_owned(),
             order: Order::Deadline,
             planner: true,
+            admission: true,
             first_token: Duration::from_secs(1),
             per_token: Duration::from_millis(50),
             cache: cache::Sizes::default(),

@@ -52,13 +52,13 @@ fn options() -> impl Strategy<Value = Options> {
     ];
     let policy = prop_oneof![Just("cost"), Just("prefix"), Just("least-loaded"), Just("round-robin")];
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let numbers = (0..3u32, (0..3u64, 1..4usize), -1..2i32, any::<u64>());
+    let numbers = (0..3u32, (0..3u64, 1..4usize, any::<bool>()), -1..2i32, any::<u64>());
     (split, policy, flags, numbers, faults()).prop_map(
         |(
             split,
             policy,
             (deadline, planner, cached, pulls, shared),
-            (noise, (stale, routers), bias, seed),
+            (noise, (stale, routers, admission), bias, seed),
             faults,
         )| {
             Options {
@@ -80,6 +80,7 @@ fn options() -> impl Strategy<Value = Options> {
                 noise: f64::from(noise) * 0.1,
                 stale: Duration::from_millis(stale * 500),
                 routers,
+                admission,
                 bias: f64::from(bias) * 0.2,
                 seed,
                 faults,

@@ -78,11 +78,26 @@ impl<'a> Cluster<'a> {
         self.refresh(id as usize);
         let mut request = self.request(id);
         request.held = self.held(id);
+        if let Some(retry_after) = self.refuses(id, &request) {
+            return self.place_again(id, retry_after);
+        }
         self.ordinal += 1;
         let Some(route) = self.policy.choose(&request, &self.view) else {
             return self.place_again(id, Duration::from_millis(100));
         };
         self.start_prefill(id, route.prefill, &request);
+    }
+
+    /// When a request that no worker has begun should come again, if it may not come in now.
+    fn refuses(&self, id: JobId, request: &Request) -> Option<Duration> {
+        let job = &self.jobs[id as usize];
+        if !self.options.admission || !self.is_cost || job.made > 0 || job.attempts > 0 {
+            return None;
+        }
+        match admission::admit(request, &self.view, &Limits::default(), 0, usize::MAX) {
+            Verdict::Admit { .. } => None,
+            Verdict::Shed { retry_after, .. } => Some(retry_after),
+        }
     }
 
     pub(super) fn start_prefill(&mut self, id: JobId, worker: usize, request: &Request) {

@@ -69,6 +69,9 @@ pub struct SimConfig {
     /// Whether roles follow the load: on or off; on for cost without it
     #[arg(long)]
     planner: Option<String>,
+    /// Whether cost refuses what is rather late than in time, to come again when told to: on or off
+    #[arg(long, default_value = "on")]
+    admission: String,
     /// Prefix caches of each worker: device=N,host=M tokens
     #[arg(long)]
     cache_tokens: Option<String>,
@@ -227,6 +230,7 @@ fn options(config: &SimConfig) -> Result<Options, String> {
         policy: config.policy.clone(),
         order,
         planner,
+        admission: on_or_off("admission", &config.admission)?,
         first_token: config.slo.ttft,
         per_token: config.slo.tpot,
         cache: config.cache_tokens.as_deref().map_or(Ok(Default::default()), cache)?,
