@@ -29,6 +29,8 @@ const DEATH_KNOWN: Duration = Duration::from_millis(600);
 const PLANNER_TICK: Duration = Duration::from_secs(1);
 /// How often gaps for offline work are looked for.
 const OFFLINE_TICK: Duration = Duration::from_millis(100);
+/// Who is refused again stays away twice as long as before, so many times.
+const BACK_OFF_MAX: u8 = 4;
 /// Attempts of a request after faults.
 const ATTEMPTS_MAX: u8 = 3;
 /// What has not ended so long after the last arrival never does.
@@ -73,6 +75,8 @@ struct Job {
     /// Tokens drawn.
     made: u32,
     attempts: u8,
+    /// How often it was refused.
+    refused: u8,
     ok: bool,
 }
 

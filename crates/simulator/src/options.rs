@@ -90,7 +90,7 @@ pub struct Options {
     /// Whether roles change.
     pub planner: bool,
     /// Whether `cost` refuses what is rather late than in time, as a router with targets does. Who is refused comes
-    /// again when told to, with what is left of its targets.
+    /// again when told to, later from time to time, with what is left of its targets.
     pub admission: bool,
     /// Targets: first token, and seconds per token on average.
     pub first_token: Duration,

@@ -15,6 +15,7 @@ impl<'a> Cluster<'a> {
             last_at: Time::ZERO,
             made: 0,
             attempts: 0,
+            refused: 0,
             ok: true,
         });
         let arrival = &self.workload.arrivals[id as usize];
@@ -89,14 +90,18 @@ impl<'a> Cluster<'a> {
     }
 
     /// When a request that no worker has begun should come again, if it may not come in now.
-    fn refuses(&self, id: JobId, request: &Request) -> Option<Duration> {
-        let job = &self.jobs[id as usize];
+    fn refuses(&mut self, id: JobId, request: &Request) -> Option<Duration> {
+        let job = &mut self.jobs[id as usize];
         if !self.options.admission || !self.is_cost || job.made > 0 || job.attempts > 0 {
             return None;
         }
         match admission::admit(request, &self.view, &Limits::default(), 0, usize::MAX) {
             Verdict::Admit { .. } => None,
-            Verdict::Shed { retry_after, .. } => Some(retry_after),
+            Verdict::Shed { retry_after, .. } => {
+                let longer = 1 << job.refused;
+                job.refused = (job.refused + 1).min(BACK_OFF_MAX);
+                Some(retry_after * longer)
+            }
         }
     }
 
