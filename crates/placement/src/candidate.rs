@@ -96,7 +96,7 @@ impl Default for Candidate {
 }
 
 /// Nobody waits longer than a day: what a report may claim at most.
-const SECONDS_MAX: f64 = 86_400.0;
+pub(crate) const SECONDS_MAX: f64 = 86_400.0;
 
 pub(crate) fn sane_seconds(seconds: f64) -> f64 {
     if seconds.is_nan() { SECONDS_MAX } else { seconds.clamp(0.0, SECONDS_MAX) }

@@ -6,9 +6,9 @@
 //! the numbers it is given, it answers; nonsense is clamped or refused with a reason.
 
 pub mod admission;
-pub mod backlog;
 mod candidate;
 pub mod index;
+pub mod ledger;
 mod overlap;
 pub mod planner;
 mod policy;

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use tandem_placement::admission::{Limits, Verdict, admit};
-use tandem_placement::backlog::Backlog;
 use tandem_placement::cost::Cost;
 use tandem_placement::index::{Change, Index};
+use tandem_placement::ledger::{self, Ledger, Prompt};
 use tandem_placement::planner::{Config, Load, Observer, Planner, Room, promise};
 use tandem_placement::predictor::{Measured, PROFILES, Predictor, from_two_points};
 use tandem_placement::{Candidate, Held, Link, POLICIES, Request, Tier};
@@ -285,15 +285,33 @@ proptest! {
     }
 
     #[test]
-    fn a_backlog_stays_between_nothing_and_a_sum_of_days(
-        events in prop::collection::vec((any::<bool>(), number(), moment()), 1..60),
+    fn a_ledger_stays_between_nothing_and_a_day(
+        events in prop::collection::vec((0..7u8, 0..4u32, any::<u32>(), number(), moment()), 1..60),
+        step in step_time(),
     ) {
-        let mut backlog = Backlog::default();
-        let days = events.len() as f64 * 86_400.0;
-        for (sent, seconds, at) in events {
-            if sent { backlog.send(seconds, at) } else { backlog.report(seconds, at) }
+        let mut ledger = Ledger::default();
+        for (what, leg, tokens, seconds, at) in events {
+            let class = ServiceClass::Online;
+            match what {
+                0 => ledger.prompt_sent(leg, Prompt { tokens, cached: leg, seconds, due: at, class }, at),
+                1 => ledger.prompt_over(leg, at),
+                2 => ledger.decode_sent(tokens, at),
+                3 => ledger.drawn(tokens, at),
+                4 => ledger.decode_over(tokens, at),
+                5 => ledger.prompt_cached(leg, tokens, seconds, at),
+                _ => {
+                    let (decodes, decode_tokens) = (tokens, u64::from(tokens) << 32);
+                    let (queue_seconds, timely_seconds) = (seconds, -seconds);
+                    let load = ledger::Load { queue_seconds, timely_seconds, decodes, decode_tokens };
+                    ledger.report(load, at);
+                }
+            }
             for now in [Time::ZERO, at, Time::MAX] {
-                prop_assert!((0.0..=days).contains(&backlog.seconds(now)));
+                for by_deadline in [None, Some(step)] {
+                    let load = ledger.load(by_deadline, now);
+                    prop_assert!((0.0..=86_400.0).contains(&load.queue_seconds), "{load:?}");
+                    prop_assert!((0.0..=load.queue_seconds).contains(&load.timely_seconds), "{load:?}");
+                }
             }
         }
     }

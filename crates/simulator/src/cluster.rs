@@ -4,8 +4,10 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
-use tandem_batching::pace::{Budget, Pace};
+use tandem_batching::pace::{Budget, Order, Pace};
+use tandem_placement::admission::{self, Limits, Verdict};
 use tandem_placement::index::{Change, Index};
+use tandem_placement::ledger::{self, Ledger, Load};
 use tandem_placement::planner::{self, Observer, Planner};
 use tandem_placement::{Candidate, Held, Link, Policy, Request, Tier};
 use tandem_types::{BlockHash, Incarnation, Role, ServiceClass, StepTime, Time};
@@ -16,7 +18,7 @@ use crate::random;
 use crate::real::Real;
 use crate::report::{Outcome, Sample, Served};
 use crate::twin::{DecodeJob, Happened, JobId, PromptJob, Twin};
-use crate::worker::{Batcher, Report, Worker};
+use crate::worker::{Batcher, Worker};
 use crate::workload::{TRACE_BLOCK_TOKENS, Workload};
 
 /// Prompt tokens of a step of a worker that nothing else bounds.
@@ -27,6 +29,8 @@ const DEATH_KNOWN: Duration = Duration::from_millis(600);
 const PLANNER_TICK: Duration = Duration::from_secs(1);
 /// How often gaps for offline work are looked for.
 const OFFLINE_TICK: Duration = Duration::from_millis(100);
+/// Who is refused again stays away twice as long as before, so many times.
+const BACK_OFF_MAX: u8 = 4;
 /// Attempts of a request after faults.
 const ATTEMPTS_MAX: u8 = 3;
 /// What has not ended so long after the last arrival never does.
@@ -71,6 +75,8 @@ struct Job {
     /// Tokens drawn.
     made: u32,
     attempts: u8,
+    /// How often it was refused.
+    refused: u8,
     ok: bool,
 }
 
@@ -215,7 +221,7 @@ impl<'a> Cluster<'a> {
             Batching::Twin => Batcher::Twin(Box::new(Twin::new(pace, kv))),
             Batching::Real => Batcher::Real(Box::new(Real::new(pace, kv))),
         };
-        self.workers.push(Worker::new(role, batcher, Cache::new(self.options.cache)));
+        self.workers.push(Worker::new(role, batcher, Cache::new(self.options.cache), self.options.routers));
         let bytes = self.options.profile.kv_bytes as f64;
         self.view.push(Candidate {
             worker: format!("w-{number:04}").as_str().into(),
@@ -270,8 +276,8 @@ impl<'a> Cluster<'a> {
         }
         let shape = w.batcher.plan(self.now);
         if shape.is_none() {
-            for id in w.batcher.take_preempted() {
-                self.preempted(id);
+            for (id, tokens) in w.batcher.take_preempted() {
+                self.preempted(id, tokens);
             }
             return;
         }
@@ -295,9 +301,11 @@ impl<'a> Cluster<'a> {
         // Busy until all of the step is taken in: whoever decodes on here is in the very next one.
         let w = &mut self.workers[worker];
         let (rows, _) = w.batcher.decodes();
+        let before = w.contexts();
         let mut happened = std::mem::take(&mut self.happened);
         happened.clear();
         w.batcher.apply(&mut happened, self.now);
+        self.tell_drawn(worker, before, &happened);
         let mut ended = 0;
         for &what in &happened {
             match what {
@@ -307,19 +315,23 @@ impl<'a> Cluster<'a> {
                     let job = &mut self.jobs[id as usize];
                     job.made = arrival.output;
                     job.last_at = self.now;
+                    self.workers[worker].ledger(id).decode_over(arrival.input + arrival.output, self.now);
                     if arrival.class == ServiceClass::Offline {
                         self.outcome.offline_tokens += u64::from(arrival.output) + u64::from(arrival.input);
                     }
                     self.end(id, worker);
                 }
                 Happened::FirstToken(id) => self.first_token(id, worker),
-                Happened::Preempted(id) => self.preempted(id),
+                Happened::Preempted(id, tokens) => self.preempted(id, tokens),
             }
         }
         self.observer.drawn(f64::from(rows), f64::from(ended), self.now);
         self.happened = happened;
         if !self.workers[worker].inbound.is_empty() {
             self.let_in(worker);
+        }
+        if cfg!(debug_assertions) {
+            self.workers[worker].check_ledgers();
         }
         self.workers[worker].busy = false;
         self.kick(worker);
@@ -328,10 +340,29 @@ impl<'a> Cluster<'a> {
         }
     }
 
+    /// Every router hears of the tokens that a step has drawn for it. `before` are those of its sequences before the
+    /// step.
+    fn tell_drawn(&mut self, worker: usize, before: Vec<u64>, happened: &[Happened]) {
+        let mut after = self.workers[worker].contexts();
+        let routers = after.len();
+        for what in happened {
+            if let Happened::Finished(id) = *what {
+                let arrival = &self.workload.arrivals[id as usize];
+                after[id as usize % routers] += u64::from(arrival.input) + u64::from(arrival.output);
+            }
+        }
+        for (ledger, (after, before)) in self.workers[worker].ledgers.iter_mut().zip(after.iter().zip(before))
+        {
+            ledger.drawn((after - before) as u32, self.now);
+        }
+    }
+
     /// Lost its pages; it is placed again with what it has.
-    fn preempted(&mut self, id: JobId) {
+    fn preempted(&mut self, id: JobId, tokens: u32) {
         self.outcome.preempted += 1;
         let worker = self.jobs[id as usize].worker as usize;
+        self.workers[worker].ledger(id).decode_over(tokens, self.now);
+        self.jobs[id as usize].made = tokens - self.workload.arrivals[id as usize].input;
         self.lose(id, worker);
     }
 
@@ -349,15 +380,13 @@ impl<'a> Cluster<'a> {
     }
 }
 
-/// Puts a report into the view.
-fn show(candidate: &mut Candidate, report: &Report) {
-    candidate.queue_seconds = report.queued;
-    candidate.timely_seconds = report.timely;
-    candidate.decodes = report.decodes;
-    candidate.decode_tokens = report.decode_tokens;
-    candidate.kv_usage = report.kv_usage;
-    candidate.running = report.decodes;
-    candidate.waiting = report.prompts;
+/// Puts what is known of a worker's work into the view.
+fn show(candidate: &mut Candidate, load: &Load) {
+    candidate.queue_seconds = load.queue_seconds;
+    candidate.timely_seconds = load.timely_seconds;
+    candidate.decodes = load.decodes;
+    candidate.decode_tokens = load.decode_tokens;
+    candidate.running = load.decodes;
 }
 
 mod events;

@@ -89,6 +89,9 @@ pub struct Options {
     pub order: Order,
     /// Whether roles change.
     pub planner: bool,
+    /// Whether `cost` refuses what is rather late than in time, as a router with targets does. Who is refused comes
+    /// again when told to, later from time to time, with what is left of its targets.
+    pub admission: bool,
     /// Targets: first token, and seconds per token on average.
     pub first_token: Duration,
     /// See `first_token`.
@@ -103,8 +106,10 @@ pub struct Options {
     pub link_bytes: f64,
     /// Coefficient of variation of step times.
     pub noise: f64,
-    /// Age of the router's views.
+    /// Age of the routers' views.
     pub stale: Duration,
+    /// Routers that take turns. Of what another has sent, one knows by reports alone.
+    pub routers: usize,
     /// By what share predictors are too high.
     pub bias: f64,
     /// When offline work is admitted.
@@ -134,6 +139,7 @@ impl Default for Options {
             policy: "cost".to_owned(),
             order: Order::Deadline,
             planner: true,
+            admission: true,
             first_token: Duration::from_secs(1),
             per_token: Duration::from_millis(50),
             cache: cache::Sizes::default(),
@@ -142,6 +148,7 @@ impl Default for Options {
             link_bytes: 40e9,
             noise: 0.0,
             stale: Duration::ZERO,
+            routers: 1,
             bias: 0.0,
             offline: Offline::Slack,
             as_reference: false,
@@ -174,8 +181,8 @@ impl Options {
         {
             return Err(format!("{} is not a split of {} workers", self.split, self.workers));
         }
-        if self.workers == 0 {
-            return Err("a cluster has workers".into());
+        if self.workers == 0 || self.routers == 0 {
+            return Err("a cluster has workers and a router".into());
         }
         tandem_placement::named(&self.policy).map(|_| ())?;
         for (name, value) in [("noise", self.noise), ("bias", self.bias)] {

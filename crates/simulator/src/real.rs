@@ -28,7 +28,7 @@ pub struct Real {
     leased: HashMap<JobId, u32>,
     in_flight: Option<Plan>,
     slots: HashMap<u32, JobId>,
-    preempted: Vec<JobId>,
+    preempted: Vec<(JobId, u32)>,
     rows: HashMap<JobId, u32>,
     context: u64,
     queued: f64,
@@ -187,8 +187,9 @@ impl Real {
                 }
                 Event::Preempted { id } => {
                     let id = id.0 as JobId;
-                    self.context -= u64::from(self.rows.remove(&id).expect("a row was preempted"));
-                    self.preempted.push(id);
+                    let tokens = self.rows.remove(&id).expect("a row was preempted");
+                    self.context -= u64::from(tokens);
+                    self.preempted.push((id, tokens));
                 }
                 other => unreachable!("no plan makes {other:?}"),
             }
@@ -214,7 +215,7 @@ impl Real {
         self.now = now;
         let plan = self.in_flight.take().expect("a step was planned");
         let begin = happened.len();
-        happened.extend(self.preempted.drain(..).map(Happened::Preempted));
+        happened.extend(self.preempted.drain(..).map(|(id, tokens)| Happened::Preempted(id, tokens)));
         for row in &plan.rows {
             let id = self.slots[&row.slot];
             if let Some(tokens) = self.rows.get_mut(&id) {
@@ -258,14 +259,14 @@ impl Real {
         happened[begin..].sort_unstable();
     }
 
-    pub(crate) fn take_preempted(&mut self) -> Vec<JobId> {
+    pub(crate) fn take_preempted(&mut self) -> Vec<(JobId, u32)> {
         if self.in_flight.is_some() { Vec::new() } else { std::mem::take(&mut self.preempted) }
     }
 
     pub(crate) fn clear(&mut self) -> Vec<JobId> {
         let ids = self.prompts.keys().chain(self.rows.keys()).chain(self.reserved.keys());
-        let mut ids: Vec<JobId> =
-            ids.chain(self.leased.keys()).copied().chain(self.preempted.iter().copied()).collect();
+        let preempted = self.preempted.iter().map(|(id, _)| id);
+        let mut ids: Vec<JobId> = ids.chain(self.leased.keys()).chain(preempted).copied().collect();
         ids.sort_unstable();
         ids.dedup();
         for (_, table) in self.reserved.drain() {
@@ -278,6 +279,14 @@ impl Real {
 
     pub(crate) fn decodes(&self) -> (u32, u64) {
         (self.rows.len() as u32, self.context)
+    }
+
+    pub(crate) fn contexts(&self, routers: usize) -> Vec<u64> {
+        let mut tokens = vec![0; routers];
+        for (id, row) in &self.rows {
+            tokens[*id as usize % routers] += u64::from(*row);
+        }
+        tokens
     }
 
     pub(crate) fn prompts(&self) -> usize {

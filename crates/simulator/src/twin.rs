@@ -66,8 +66,8 @@ pub struct Shape {
 /// What a step has brought.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Happened {
-    /// It was taken out to make room, with all it had drawn.
-    Preempted(JobId),
+    /// It was taken out to make room, with so many tokens: its prompt and all it had drawn.
+    Preempted(JobId, u32),
     /// A decode has drawn its last token.
     Finished(JobId),
     /// A prompt is computed and its first token drawn. Its pages stay until they are adopted or let go.
@@ -121,7 +121,7 @@ pub struct Twin {
     in_flight: Option<Flight>,
     /// The only row has no room for its next token.
     stalled: bool,
-    preempted: Vec<JobId>,
+    preempted: Vec<(JobId, u32)>,
     /// Seconds of queued prompts as last ordered, all and those in time.
     timely: f64,
     queued: f64,
@@ -289,9 +289,10 @@ impl Twin {
                     break;
                 }
                 gone[victim] = true;
-                self.blocks_used -= self.rows[victim].room / BLOCK_TOKENS;
-                self.context -= u64::from(self.rows[victim].job.tokens);
-                self.preempted.push(self.rows[victim].job.id);
+                let Running { job, room } = self.rows[victim];
+                self.blocks_used -= room / BLOCK_TOKENS;
+                self.context -= u64::from(job.tokens);
+                self.preempted.push((job.id, job.tokens));
             }
         }
         let mut at = 0;
@@ -327,7 +328,7 @@ impl Twin {
     pub fn apply(&mut self, happened: &mut Vec<Happened>) {
         let flight = self.in_flight.take().expect("a step was planned");
         let begin = happened.len();
-        happened.extend(self.preempted.drain(..).map(Happened::Preempted));
+        happened.extend(self.preempted.drain(..).map(|(id, tokens)| Happened::Preempted(id, tokens)));
         self.context += flight.rows as u64;
         // From the last: what takes the place of one that ends has had its token, or is not in this step.
         for at in (0..flight.rows).rev() {
@@ -373,8 +374,8 @@ impl Twin {
         happened[begin..].sort_unstable();
     }
 
-    /// Who was preempted while the last plan found no step at all.
-    pub fn take_preempted(&mut self) -> Vec<JobId> {
+    /// Who was preempted while the last plan found no step at all, and with how many tokens.
+    pub fn take_preempted(&mut self) -> Vec<(JobId, u32)> {
         if self.in_flight.is_some() { Vec::new() } else { std::mem::take(&mut self.preempted) }
     }
 
@@ -383,7 +384,7 @@ impl Twin {
         let mut ids: Vec<JobId> = (self.line.clear().into_iter().map(|w| w.job.id))
             .chain(self.rows.drain(..).map(|row| row.job.id))
             .chain(self.held.drain().map(|(id, _)| id))
-            .chain(self.preempted.drain(..))
+            .chain(self.preempted.drain(..).map(|(id, _)| id))
             .collect();
         ids.sort_unstable();
         ids.dedup();
@@ -397,6 +398,15 @@ impl Twin {
     /// Sequences decoding, and their tokens.
     pub fn decodes(&self) -> (u32, u64) {
         (self.rows.len() as u32, self.context)
+    }
+
+    /// Tokens of the sequences decoding, by the router that each is of, where routers take turns.
+    pub fn contexts(&self, routers: usize) -> Vec<u64> {
+        let mut tokens = vec![0; routers];
+        for row in &self.rows {
+            tokens[row.job.id as usize % routers] += u64::from(row.job.tokens);
+        }
+        tokens
     }
 
     /// Tokens of online sequences decoding, and how many.

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 
 use tandem_batching::pace::Pace;
-use tandem_placement::backlog::Backlog;
+use tandem_placement::ledger::{Ledger, Load};
 use tandem_types::{Role, Time};
 
 use crate::cache::Cache;
@@ -63,7 +63,7 @@ impl Batcher {
         }
     }
 
-    pub(crate) fn take_preempted(&mut self) -> Vec<JobId> {
+    pub(crate) fn take_preempted(&mut self) -> Vec<(JobId, u32)> {
         both!(self, b => b.take_preempted())
     }
 
@@ -73,6 +73,10 @@ impl Batcher {
 
     pub(crate) fn decodes(&self) -> (u32, u64) {
         both!(self, b => b.decodes())
+    }
+
+    fn contexts(&self, routers: usize) -> Vec<u64> {
+        both!(self, b => b.contexts(routers))
     }
 
     pub(crate) fn prompts(&self) -> usize {
@@ -96,24 +100,9 @@ impl Batcher {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Report {
     pub made: Time,
-    pub queued: f64,
-    pub timely: f64,
-    pub decodes: u32,
-    pub decode_tokens: u64,
+    pub load: Load,
     pub kv_usage: f32,
     pub prompts: u32,
-}
-
-/// What the router believes between reports.
-#[derive(Clone, Debug, Default)]
-pub struct Belief {
-    pub queued: Backlog,
-    pub timely: Backlog,
-    pub decodes: u32,
-    pub decode_tokens: u64,
-    /// Decodes sent since: when, and their tokens.
-    pub sent: VecDeque<(Time, u32)>,
-    pub kv_usage: f32,
 }
 
 /// One worker.
@@ -136,7 +125,8 @@ pub struct Worker {
     pub steps: u64,
     pub slow: (f64, Time),
     pub silent_until: Time,
-    pub belief: Belief,
+    /// Each router's books of it, for when reports are old.
+    pub ledgers: Vec<Ledger>,
     /// Reports on their way to the router.
     pub reports: VecDeque<Report>,
     pub dirty: bool,
@@ -145,7 +135,7 @@ pub struct Worker {
 }
 
 impl Worker {
-    pub fn new(role: Role, batcher: Batcher, cache: Cache) -> Worker {
+    pub fn new(role: Role, batcher: Batcher, cache: Cache, routers: usize) -> Worker {
         Worker {
             role,
             batcher,
@@ -161,12 +151,36 @@ impl Worker {
             steps: 0,
             slow: (1.0, Time::ZERO),
             silent_until: Time::ZERO,
-            belief: Belief::default(),
+            ledgers: vec![Ledger::default(); routers.max(1)],
             reports: VecDeque::new(),
             dirty: true,
             busy_seconds: 0.0,
             online: 0,
         }
+    }
+
+    /// The books of whose this request is.
+    pub fn ledger(&mut self, id: JobId) -> &mut Ledger {
+        let routers = self.ledgers.len();
+        &mut self.ledgers[id as usize % routers]
+    }
+
+    /// Tokens of the sequences that decode here, by router.
+    pub fn contexts(&self) -> Vec<u64> {
+        match self.ledgers.len() {
+            1 => vec![self.batcher.decodes().1],
+            routers => self.batcher.contexts(routers),
+        }
+    }
+
+    /// Compares the books of routers with what they are about.
+    ///
+    /// # Panics
+    /// If they differ.
+    pub fn check_ledgers(&self) {
+        let sum = |(n, tokens): (u32, u64), (more, more_tokens)| (n + more, tokens + more_tokens);
+        let known = self.ledgers.iter().map(Ledger::decodes).fold((0, 0), sum);
+        assert_eq!(known, sum(self.batcher.decodes(), self.arriving), "routers know who decodes here");
     }
 
     /// What it would say now.
@@ -176,10 +190,12 @@ impl Worker {
         let (used, total) = self.batcher.blocks();
         Report {
             made: now,
-            queued,
-            timely,
-            decodes: decodes + self.arriving.0,
-            decode_tokens: context + self.arriving.1,
+            load: Load {
+                queue_seconds: queued,
+                timely_seconds: timely,
+                decodes: decodes + self.arriving.0,
+                decode_tokens: context + self.arriving.1,
+            },
             kv_usage: used as f32 / total.max(1) as f32,
             prompts: self.batcher.prompts() as u32,
         }

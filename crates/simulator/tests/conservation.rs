@@ -52,9 +52,15 @@ fn options() -> impl Strategy<Value = Options> {
     ];
     let policy = prop_oneof![Just("cost"), Just("prefix"), Just("least-loaded"), Just("round-robin")];
     let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
-    let numbers = (0..3u32, 0..3u64, -1..2i32, any::<u64>());
+    let numbers = (0..3u32, (0..3u64, 1..4usize, any::<bool>()), -1..2i32, any::<u64>());
     (split, policy, flags, numbers, faults()).prop_map(
-        |(split, policy, (deadline, planner, cached, pulls, shared), (noise, stale, bias, seed), faults)| {
+        |(
+            split,
+            policy,
+            (deadline, planner, cached, pulls, shared),
+            (noise, (stale, routers, admission), bias, seed),
+            faults,
+        )| {
             Options {
                 split,
                 workers: match split {
@@ -73,6 +79,8 @@ fn options() -> impl Strategy<Value = Options> {
                 shared_links: shared,
                 noise: f64::from(noise) * 0.1,
                 stale: Duration::from_millis(stale * 500),
+                routers,
+                admission,
                 bias: f64::from(bias) * 0.2,
                 seed,
                 faults,
@@ -85,7 +93,7 @@ fn options() -> impl Strategy<Value = Options> {
 proptest! {
     #![proptest_config(ProptestConfig { cases: 96, ..ProptestConfig::default() })]
 
-    // Books of KV are checked by the run itself after every step and at its end.
+    // Books of KV and of routers are checked by the run itself after every step.
     #[test]
     fn every_request_ends_once_and_every_prompt_token_is_computed_or_found(
         workload in workload(),

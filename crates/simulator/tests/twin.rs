@@ -79,7 +79,7 @@ proptest! {
 }
 
 #[test]
-fn the_small_device_does_preempt() {
+fn the_small_device_does_preempt_and_what_was_drawn_is_computed_as_prompt() {
     let arrivals = (0..40).map(|i| Arrival {
         at: Time::from_millis(5 * i),
         input: 300,
@@ -98,4 +98,7 @@ fn the_small_device_does_preempt() {
     };
     let outcome = run(&options, &workload).expect("the options are sound");
     assert!(outcome.preempted > 0, "or the test above compares little");
+    // Whoever was preempted had drawn more than its first token, and none of it is drawn again.
+    let again = outcome.prompt_tokens - 40 * 300;
+    assert!(again > 302 * outcome.preempted, "{again} tokens for {} preempted", outcome.preempted);
 }

@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use futures_util::{FutureExt, Stream, StreamExt, TryStreamExt};
 use tandem_chassis::{Shutdown, fail, seam};
+use tandem_placement::ledger::{self, Ledger};
 use tandem_proto::v1::{self, event, from_worker, to_worker};
 use tandem_proto::{PROTOCOL_MAX, PROTOCOL_MIN, Sequence};
 use tandem_types::{Epoch, Incarnation, LeaseId, Role, Time, WorkerId, WorkerState};
@@ -17,6 +18,10 @@ use tokio::sync::{mpsc, watch};
 
 use crate::breaker::Breaker;
 use crate::prefixes::Prefixes;
+
+mod work;
+
+use work::Work;
 
 /// Both ends of a session beat this often.
 const BEAT: Duration = Duration::from_millis(200);
@@ -85,6 +90,8 @@ struct LinkState {
     hung: bool,
     breaker: Breaker,
     report: Report,
+    /// What we have there.
+    ledger: Ledger,
     /// Why the last connection ended, for operators.
     trouble: String,
 }
@@ -92,23 +99,10 @@ struct LinkState {
 struct LegSlot {
     events: mpsc::Sender<LegEvent>,
     paused: bool,
-    /// The number of the message that started it, its tokens, and whether their KV is handed over: counted until a
-    /// report covers it.
+    /// The number of the message that started it, and its tokens so far.
     sequence: u64,
     tokens: u32,
-    handed_over: bool,
-}
-
-/// Legs open at a worker, and what its last report does not count of them.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub(crate) struct InFlight {
-    pub(crate) legs: u32,
-    /// Tokens of prompts to compute, and the seconds that takes.
-    pub(crate) prompt_tokens: u64,
-    pub(crate) prompt_seconds: f64,
-    /// Sequences handed over, and their tokens.
-    pub(crate) decodes: u32,
-    pub(crate) decode_tokens: u64,
+    work: Work,
 }
 
 /// Why a leg could not be opened.
@@ -177,20 +171,21 @@ impl Link {
         self.lock().trouble.clone()
     }
 
-    /// Legs open here, and what the last report does not count yet. `seconds` says what a prompt takes.
-    pub(crate) fn in_flight(&self, seconds: impl Fn(u32) -> f64) -> InFlight {
+    /// Legs open here, and the prompt tokens of those that the last report does not count yet.
+    pub(crate) fn in_flight(&self) -> (u32, u64) {
         let state = self.lock();
-        let mut sum = InFlight { legs: state.legs.len() as u32, ..InFlight::default() };
-        for leg in state.legs.values().filter(|leg| leg.sequence > state.report.admitted) {
-            if leg.handed_over {
-                sum.decodes += 1;
-                sum.decode_tokens += u64::from(leg.tokens);
-            } else {
-                sum.prompt_tokens += u64::from(leg.tokens);
-                sum.prompt_seconds += seconds(leg.tokens);
-            }
-        }
-        sum
+        let prompts = state
+            .legs
+            .values()
+            .filter(|leg| matches!(leg.work, Work::Prompt { .. }) && leg.sequence > state.report.admitted);
+        (state.legs.len() as u32, prompts.map(|leg| u64::from(leg.tokens)).sum())
+    }
+
+    /// The work there now, ours by our own books and that of others by its last report.
+    pub(crate) fn load(&self, now: Time) -> ledger::Load {
+        let mut state = self.lock();
+        let by_deadline = state.report.model().filter(|_| state.report.paced());
+        state.ledger.load(by_deadline, now)
     }
 
     /// Sends a Start; the answer, and everything after, comes through the leg.
@@ -210,13 +205,14 @@ impl Link {
         start.leg = name;
         start.worker_incarnation = self.incarnation.0;
         start.epoch = state.report.epoch.0;
-        let (tokens, handed_over) = (start.tokens.len() as u32, !start.inputs.is_empty());
+        let (work, prompt) = work::of(&start, &state.report, seam::now());
         // Under the lock, so that the order of the channel is the order of the numbers.
         if outbound.try_send(to_worker::Message::Start(start)).is_err() {
             return Err(not_connected("its session does not keep up"));
         }
         let sequence = self.sent.fetch_add(1, Ordering::Relaxed) + 1;
-        state.legs.insert(name, LegSlot { events, paused: false, sequence, tokens, handed_over });
+        let slot = LegSlot { events, paused: false, sequence, tokens: prompt.tokens, work };
+        state.begin(name, slot, prompt, seam::now());
         Ok(Leg { link: self.clone(), name, events: receiver, lease: None, over: false })
     }
 
@@ -405,6 +401,7 @@ impl Link {
                 let hung = beat.step_running && age > STEP_MAX.max(expected * 20);
                 if hung && !state.hung {
                     tracing::error!(worker = %self.worker, ?age, ?expected, "the worker's step hangs");
+                    state.ledger = Ledger::default();
                     for (name, leg) in std::mem::take(&mut state.legs) {
                         let _ = leg.events.try_send(LegEvent::Lost("its step hangs"));
                         self.send(&mut state, to_worker::Message::Cancel(v1::Cancel { leg: name }));
@@ -435,6 +432,7 @@ impl Link {
             }
             _ => {}
         }
+        state.account(name, &kind, seam::now());
         let Some(slot) = state.legs.get_mut(&name) else { return };
         use event::Event;
         let last =
@@ -444,7 +442,7 @@ impl Link {
         let pause = behind >= PAUSE_AT && !slot.paused;
         slot.paused |= pause;
         if last || sent.is_err() {
-            state.legs.remove(&name);
+            state.remove(name, seam::now());
         }
         if sent.is_err() && !last {
             self.send(state, to_worker::Message::Cancel(v1::Cancel { leg: name }));
@@ -459,6 +457,7 @@ impl Link {
         let was_open = state.outbound.take().is_some();
         state.trouble = why.to_owned();
         state.leases.clear();
+        state.ledger = Ledger::default();
         for (_, leg) in std::mem::take(&mut state.legs) {
             let _ = leg.events.try_send(LegEvent::Lost("its session ended"));
         }
@@ -485,6 +484,14 @@ impl Link {
         };
         let matters = (report.role, report.epoch, report.draining)
             != (state.report.role, state.report.epoch, state.report.draining);
+        let load = ledger::Load {
+            queue_seconds: report.load.queue_seconds,
+            timely_seconds: report.load.timely_seconds,
+            decodes: report.load.decodes,
+            decode_tokens: report.load.decode_tokens,
+        };
+        // On the way it was for no longer than what came on the session at the same time.
+        state.ledger.report(load, seam::now());
         state.report = report;
         Ok(matters)
     }
@@ -600,7 +607,7 @@ impl Drop for Leg {
         if let Some(lease) = &self.lease {
             state.leases.remove(lease);
         }
-        let known = state.legs.remove(&self.name).is_some();
+        let known = state.remove(self.name, seam::now()).is_some();
         if known && !self.over {
             self.link.send(&mut state, to_worker::Message::Cancel(v1::Cancel { leg: self.name }));
         }

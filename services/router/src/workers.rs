@@ -11,8 +11,8 @@ use serde_json::{Value, json};
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_cluster::{By, Membership, Registration, View};
 use tandem_placement::Candidate;
-use tandem_proto::v1::{self, Holder};
-use tandem_types::{BLOCK_TOKENS, Incarnation, KvIdentity, Role, StepTime, WorkerId, WorkerState};
+use tandem_proto::v1::Holder;
+use tandem_types::{BLOCK_TOKENS, Incarnation, KvIdentity, Role, StepTime, Time, WorkerId, WorkerState};
 use tokio::sync::watch;
 
 use crate::link::{Link, Report};
@@ -162,7 +162,7 @@ impl Workers {
             !known.cordoned.contains(*id) && linked.link.state(now) == WorkerState::Ready
         });
         let (links, mut candidates): (Vec<_>, Vec<_>) =
-            ready.map(|(id, linked)| (linked.link.clone(), candidate(id, linked))).unzip();
+            ready.map(|(id, linked)| (linked.link.clone(), candidate(id, linked, now))).unzip();
         drop(known);
         // A worker that has not measured itself yet is taken to be like the others.
         let common = common_model(&candidates);
@@ -214,7 +214,7 @@ impl Workers {
                 "incarnation": registration.incarnation.to_string(),
                 "pid": registration.pid,
                 "transports": registration.transports,
-                "in_flight": linked.link.in_flight(|_| 0.0).legs,
+                "in_flight": linked.link.in_flight().0,
                 "blocks": {
                     "total": report.load.blocks_total,
                     "free": report.load.blocks_free,
@@ -303,33 +303,30 @@ impl Workers {
     }
 }
 
-/// What a policy may know of a worker: its last report, and what was sent since.
-fn candidate(id: &WorkerId, linked: &Linked) -> Candidate {
+/// What a policy may know of a worker: its last report, and our own books.
+fn candidate(id: &WorkerId, linked: &Linked, now: Time) -> Candidate {
     let report = linked.link.report();
     let load = &report.load;
-    let pacing = load.pacing.unwrap_or_default();
-    let model = pacing.step_time.map(step_time).filter(StepTime::is_sane);
-    let prompt_budget = pacing.prompt_budget.max(1);
-    let seconds = |tokens| model.map_or(0.0, |model| model.prefill(tokens, 0, prompt_budget));
-    let sent = linked.link.in_flight(seconds);
+    let (legs, unreported_tokens) = linked.link.in_flight();
+    let work = linked.link.load(now);
     let used = load.blocks_total.saturating_sub(load.blocks_free + load.blocks_cached);
     Candidate {
         worker: id.clone(),
         role: report.role.or(linked.registration.role).unwrap_or(Role::Mixed),
-        in_flight: sent.legs,
+        in_flight: legs,
         running: load.running,
         waiting: load.waiting,
-        waiting_tokens: load.waiting_tokens + sent.prompt_tokens,
+        waiting_tokens: load.waiting_tokens + unreported_tokens,
         kv_usage: if load.blocks_total == 0 { 0.0 } else { used as f32 / load.blocks_total as f32 },
-        model,
-        prompt_budget,
-        paced: pacing.by_slack,
-        queue_seconds: load.queue_seconds + sent.prompt_seconds,
-        timely_seconds: load.timely_seconds + sent.prompt_seconds,
-        decodes: load.decodes.saturating_add(sent.decodes),
-        decode_tokens: load.decode_tokens.saturating_add(sent.decode_tokens),
+        model: report.model(),
+        prompt_budget: report.prompt_budget(),
+        paced: report.paced(),
+        queue_seconds: work.queue_seconds,
+        timely_seconds: work.timely_seconds,
+        decodes: work.decodes,
+        decode_tokens: work.decode_tokens,
         kv_tokens: u64::from(load.blocks_total) * u64::from(BLOCK_TOKENS),
-        rows_max: pacing.rows_max,
+        rows_max: load.pacing.map_or(0, |pacing| pacing.rows_max),
         link: way(&linked.registration),
         near: Vec::new(),
     }
@@ -360,8 +357,4 @@ fn way(registration: &Registration) -> tandem_placement::Link {
         setup_seconds: WAY_SETUP_SECONDS,
         tokens_per_second: WAY_BYTES_PER_SECOND / token_bytes.max(1.0),
     }
-}
-
-fn step_time(said: v1::StepTime) -> StepTime {
-    StepTime { a0: said.a0, a1: said.a1, a2: said.a2, b0: said.b0, b1: said.b1, b2: said.b2 }
 }

@@ -97,6 +97,11 @@ const ALONE: f64 = 1.25;
 /// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
 const CERTAIN: f64 = 20.0;
 
+/// Part of a KV pool that sequences fill; the rest is in pages that are not full.
+const POOL_USABLE: f64 = 0.98;
+/// Part of what ended sequences give back that others do not take by growing, at least.
+const GIVEN_BACK_LEAST: f64 = 0.1;
+
 /// The least chance to miss a target; where somebody is sure to meet it, the rest is not looked at.
 fn least(missed: impl Iterator<Item = f64>) -> f64 {
     let mut least = 1.0;
@@ -230,7 +235,9 @@ impl Cost {
         let alone = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
         let share = self.prefill_share(c, c.decodes, &model, request);
         let usable = (if c.decodes > 0 { share * self.tuning.share_trust } else { 1.0 }).max(0.02);
-        let wait = sane_seconds(sane_seconds(c.timely_seconds) / usable + row_seconds(&model, c, request));
+        let room = room_seconds(c, &model, f64::from(request.prompt_tokens), request.expected());
+        let turn = sane_seconds(c.timely_seconds) / usable + row_seconds(&model, c, request);
+        let wait = sane_seconds(turn).max(room);
         let compute = alone / usable;
         let first = wait.max(bring) + compute;
         let mut terms = Terms { wait, bring: (bring - wait).max(0.0), compute, ..Terms::default() };
@@ -301,16 +308,10 @@ impl Cost {
             let less = if c.decodes == 0 { 1.0 - self.prefill_share(c, 1, &model, request) } else { 0.0 };
             terms.role = self.tuning.decode_on_prefill_seconds * (1.0 + less);
         }
-        if c.kv_tokens > 0 {
-            let free = c.kv_tokens as f64 * 0.98 - context - own - expected / 2.0;
-            if free < 0.0 && rows > 0.0 {
-                // Rows end evenly over their expected length; each gives its share back.
-                let freed_per_second = context / (expected * after).max(1e-6);
-                terms.room = sane_seconds(-free / freed_per_second.max(1.0));
-                let late = terms.room / expected;
-                missed = self.miss(after + late, target);
-                terms.token_loss = lost * missed + after;
-            }
+        terms.room = room_seconds(c, &model, own + expected / 2.0, expected);
+        if terms.room > 0.0 {
+            missed = self.miss(after + terms.room / expected, target);
+            terms.token_loss = lost * missed + after;
         }
         let step_seconds = if c.timely_seconds > 0.0 {
             let full = model.step(rows + f64::from(c.prompt_budget), 0.0, context);
@@ -434,6 +435,21 @@ impl Cost {
         };
         in_turn(pairs.iter().map(cost).collect(), self.tuning.equal_seconds, request.ordinal)
     }
+}
+
+/// Seconds until a worker has room for the KV of so many more tokens.
+///
+/// Its rows end evenly over their expected length and give their share back, while the others grow by a token with
+/// every step. However much they grow, a tenth of what is given back counts: nobody waits for ever.
+fn room_seconds(c: &Candidate, model: &StepTime, tokens: f64, expected: f64) -> f64 {
+    let (rows, context, pool) = (f64::from(c.decodes), c.decode_tokens as f64, c.kv_tokens as f64);
+    let missing = context + tokens - POOL_USABLE * pool;
+    if pool == 0.0 || rows == 0.0 || missing <= 0.0 {
+        return 0.0;
+    }
+    let freed = context / expected;
+    let per_step = (freed - rows).max(GIVEN_BACK_LEAST * freed);
+    sane_seconds(missing / per_step.max(1e-6) * model.step(rows, 0.0, context))
 }
 
 /// One of those whose cost is the least by and large; `turn` says which.

@@ -76,14 +76,10 @@ impl Cluster<'_> {
     fn deliver(&mut self, worker: usize) {
         let w = &mut self.workers[worker];
         let Some(report) = w.reports.pop_front() else { return };
-        let belief = &mut w.belief;
-        belief.queued.report(report.queued, report.made);
-        belief.timely.report(report.timely, report.made);
-        (belief.decodes, belief.decode_tokens) = (report.decodes, report.decode_tokens);
-        belief.kv_usage = report.kv_usage;
-        while belief.sent.front().is_some_and(|(sent, _)| *sent <= report.made) {
-            belief.sent.pop_front();
+        for ledger in &mut w.ledgers {
+            ledger.report(report.load, report.made);
         }
+        self.view[worker].kv_usage = report.kv_usage;
     }
 
     fn plan_roles(&mut self) {
@@ -100,7 +96,7 @@ impl Cluster<'_> {
     }
 
     fn flip_roles(&mut self) {
-        self.refresh();
+        self.refresh(0);
         let load = self.observer.load(self.now);
         let plan = self.planner.plan(&self.view, &load, self.now);
         for flip in plan.flips {
@@ -187,7 +183,7 @@ impl Cluster<'_> {
                 w.cache.clear();
                 w.cache_sequence = 0;
                 w.reports.clear();
-                w.belief = Default::default();
+                w.ledgers.fill(Ledger::default());
                 let mut lost = w.batcher.clear();
                 w.dirty = true;
                 // Prompts whose prefix is on its way, and decodes on theirs, have no entry in the batcher yet.
@@ -241,6 +237,7 @@ impl Cluster<'_> {
         self.workers[from].dirty = true;
         self.workers[to].inbound.retain(|waiting| *waiting != id);
         self.workers[to].batcher.release(id);
+        self.workers[to].ledger(id).decode_over(tokens, self.now);
         self.left_arriving(to, tokens);
     }
 

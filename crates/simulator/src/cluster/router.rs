@@ -15,6 +15,7 @@ impl<'a> Cluster<'a> {
             last_at: Time::ZERO,
             made: 0,
             attempts: 0,
+            refused: 0,
             ok: true,
         });
         let arrival = &self.workload.arrivals[id as usize];
@@ -75,9 +76,12 @@ impl<'a> Cluster<'a> {
 
     /// Finds workers for a request and sends it.
     pub(super) fn place(&mut self, id: JobId) {
-        self.refresh();
+        self.refresh(id as usize);
         let mut request = self.request(id);
         request.held = self.held(id);
+        if let Some(retry_after) = self.refuses(id, &request) {
+            return self.place_again(id, retry_after);
+        }
         self.ordinal += 1;
         let Some(route) = self.policy.choose(&request, &self.view) else {
             return self.place_again(id, Duration::from_millis(100));
@@ -85,9 +89,29 @@ impl<'a> Cluster<'a> {
         self.start_prefill(id, route.prefill, &request);
     }
 
+    /// When a request that no worker has begun should come again, if it may not come in now.
+    fn refuses(&mut self, id: JobId, request: &Request) -> Option<Duration> {
+        let job = &mut self.jobs[id as usize];
+        if !self.options.admission || !self.is_cost || job.made > 0 || job.attempts > 0 {
+            return None;
+        }
+        match admission::admit(request, &self.view, &Limits::default(), 0, usize::MAX) {
+            Verdict::Admit { .. } => None,
+            Verdict::Shed { retry_after, .. } => {
+                let longer = 1 << job.refused;
+                job.refused = (job.refused + 1).min(BACK_OFF_MAX);
+                Some(retry_after * longer)
+            }
+        }
+    }
+
     pub(super) fn start_prefill(&mut self, id: JobId, worker: usize, request: &Request) {
         self.log(2, u64::from(id), worker as u64);
-        let seconds = self.predicted.prefill(request.prompt_tokens, 0, self.view[worker].prompt_budget);
+        let held = request.held.iter().find(|held| held.candidate == worker);
+        let cached = held.map_or(0, |held| held.tokens).min(request.prompt_tokens - 1);
+        let budget = self.view[worker].prompt_budget;
+        let seconds = self.predicted.prefill(request.prompt_tokens - cached, cached, budget);
+        let due = self.due(id);
         let job = &mut self.jobs[id as usize];
         (job.stage, job.worker) = (Stage::Prefill, worker as u32);
         let w = &mut self.workers[worker];
@@ -96,10 +120,9 @@ impl<'a> Cluster<'a> {
             return self.place_again(id, DEATH_KNOWN);
         }
         w.online += u32::from(request.class == ServiceClass::Online);
-        if !self.options.stale.is_zero() {
-            w.belief.queued.send(seconds, self.now);
-            w.belief.timely.send(seconds, self.now);
-        }
+        let prompt =
+            ledger::Prompt { tokens: request.prompt_tokens, cached, seconds, due, class: request.class };
+        w.ledger(id).prompt_sent(id, prompt, self.now);
         let delay = self.bring(id, worker);
         if delay.is_zero() {
             self.take_prompt(id, worker);
@@ -198,44 +221,45 @@ impl<'a> Cluster<'a> {
         } else {
             0
         };
-        // What had begun to stream when it was lost goes before what has not.
-        let online = arrival.class == ServiceClass::Online;
-        let due = if job.made > 0 || !online { Time::MAX } else { arrival.at + self.options.first_token };
         let prompt = PromptJob {
             id,
             arrived: arrival.at,
             tokens,
             cached: cached.min(tokens - 1),
-            due,
+            due: self.due(id),
             class: arrival.class,
         };
         self.workers[worker].batcher.prompt(prompt);
         self.kick(worker);
     }
 
-    /// Brings the view up to date.
-    pub(super) fn refresh(&mut self) {
-        if self.options.stale.is_zero() {
-            for (worker, candidate) in self.workers.iter_mut().zip(&mut self.view) {
-                if worker.dirty {
-                    worker.dirty = false;
-                    show(candidate, &worker.report(self.now));
-                }
-            }
-            return;
-        }
+    /// When its first token is due. What had begun to stream when it was lost is never too late.
+    fn due(&self, id: JobId) -> Time {
+        let arrival = &self.workload.arrivals[id as usize];
+        let has_target = arrival.class == ServiceClass::Online && self.jobs[id as usize].made == 0;
+        if has_target { arrival.at + self.options.first_token } else { Time::MAX }
+    }
+
+    /// Brings the view up to date, as the router has it whose turn this is.
+    pub(super) fn refresh(&mut self, turn: usize) {
+        let exact = self.options.stale.is_zero();
+        let by_deadline = (self.options.order == Order::Deadline).then_some(self.predicted);
         for (worker, candidate) in self.workers.iter_mut().zip(&mut self.view) {
-            let belief = &worker.belief;
-            candidate.queue_seconds = belief.queued.seconds(self.now);
-            candidate.timely_seconds = belief.timely.seconds(self.now);
-            let sent: u64 = belief.sent.iter().map(|(_, tokens)| u64::from(*tokens)).sum();
-            candidate.decodes = belief.decodes + belief.sent.len() as u32;
-            candidate.decode_tokens = belief.decode_tokens + sent;
-            candidate.kv_usage = belief.kv_usage;
+            if !exact {
+                let router = turn % worker.ledgers.len();
+                show(candidate, &worker.ledgers[router].load(by_deadline, self.now));
+            } else if worker.dirty {
+                worker.dirty = false;
+                let report = worker.report(self.now);
+                show(candidate, &report.load);
+                candidate.kv_usage = report.kv_usage;
+                candidate.waiting = report.prompts;
+            }
         }
     }
 
     pub(super) fn first_token(&mut self, id: JobId, worker: usize) {
+        self.workers[worker].ledger(id).prompt_over(id, self.now);
         let arrival = &self.workload.arrivals[id as usize];
         let job = &mut self.jobs[id as usize];
         if job.made == 0 {
@@ -256,7 +280,7 @@ impl<'a> Cluster<'a> {
         if arrival.class == ServiceClass::Offline {
             return self.decode_here(id, worker);
         }
-        self.refresh();
+        self.refresh(id as usize);
         let request = self.request(id);
         let Some(decode) = self.policy.choose_decode(&request, &self.view, Some(worker)) else {
             return self.decode_here(id, worker);
@@ -273,9 +297,7 @@ impl<'a> Cluster<'a> {
         w.arriving.0 += 1;
         w.arriving.1 += u64::from(tokens);
         w.dirty = true;
-        if !self.options.stale.is_zero() {
-            w.belief.sent.push_back((self.now, tokens));
-        }
+        w.ledger(id).decode_sent(tokens, self.now);
         if self.options.as_reference && decode != worker {
             // The reference sends KV first and finds room for it then.
             return self.send_kv(id, decode);
@@ -292,6 +314,12 @@ impl<'a> Cluster<'a> {
     }
 
     pub(super) fn decode_here(&mut self, id: JobId, worker: usize) {
+        let tokens = self.workload.arrivals[id as usize].input + self.jobs[id as usize].made;
+        self.workers[worker].ledger(id).decode_sent(tokens, self.now);
+        self.join(id, worker);
+    }
+
+    pub(super) fn join(&mut self, id: JobId, worker: usize) {
         self.jobs[id as usize].stage = Stage::Decode;
         let job = self.decode_job(id);
         self.workers[worker].batcher.join(job);
@@ -325,6 +353,7 @@ impl<'a> Cluster<'a> {
                 // It never fits: it ends as it is.
                 self.workers[worker].inbound.pop_front();
                 self.left_arriving(worker, tokens);
+                self.workers[worker].ledger(id).decode_over(tokens, self.now);
                 let from = self.jobs[id as usize].worker as usize;
                 self.workers[from].batcher.release(id);
                 self.jobs[id as usize].ok = false;
@@ -334,7 +363,7 @@ impl<'a> Cluster<'a> {
             self.workers[worker].inbound.pop_front();
             if self.options.as_reference {
                 self.left_arriving(worker, tokens);
-                self.decode_here(id, worker);
+                self.join(id, worker);
             } else {
                 self.send_kv(id, worker);
             }

@@ -69,6 +69,9 @@ pub struct SimConfig {
     /// Whether roles follow the load: on or off; on for cost without it
     #[arg(long)]
     planner: Option<String>,
+    /// Whether cost refuses what is rather late than in time, to come again when told to: on or off
+    #[arg(long, default_value = "on")]
+    admission: String,
     /// Prefix caches of each worker: device=N,host=M tokens
     #[arg(long)]
     cache_tokens: Option<String>,
@@ -84,6 +87,9 @@ pub struct SimConfig {
     /// Age of the router's view in milliseconds
     #[arg(long, default_value_t = 0.0)]
     stale_ms: f64,
+    /// Routers that take turns; each knows of what the others have sent by reports alone
+    #[arg(long, default_value_t = 1)]
+    routers: usize,
     /// Share by which predictors are too high (too low if negative)
     #[arg(long, default_value_t = 0.0)]
     bias: f64,
@@ -224,6 +230,7 @@ fn options(config: &SimConfig) -> Result<Options, String> {
         policy: config.policy.clone(),
         order,
         planner,
+        admission: on_or_off("admission", &config.admission)?,
         first_token: config.slo.ttft,
         per_token: config.slo.tpot,
         cache: config.cache_tokens.as_deref().map_or(Ok(Default::default()), cache)?,
@@ -231,6 +238,7 @@ fn options(config: &SimConfig) -> Result<Options, String> {
         shared_links,
         noise: config.noise,
         stale: Duration::from_secs_f64(config.stale_ms / 1e3),
+        routers: config.routers,
         bias: config.bias,
         offline,
         seed: config.seed,
