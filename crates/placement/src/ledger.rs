@@ -66,6 +66,10 @@ pub struct Ledger {
 const PAST_EVERY: Duration = Duration::from_millis(5);
 const PAST_MAX: usize = 1024;
 
+/// Seconds by which what others had in line grows less with each second since the report. Everybody hears of a short
+/// line at once and goes there: only what is long for its age is news that one can go by.
+const OTHERS_PACE: f64 = 10.0;
+
 impl Default for Ledger {
     /// Nothing sent, nothing reported.
     fn default() -> Self {
@@ -185,9 +189,8 @@ impl Ledger {
     /// What is there now. `by_deadline` is the model of a worker that puts its prompts in order by deadline; without
     /// one, all are as timely as they came.
     ///
-    /// What is first in line is taken to be under way since the last answer. Of others, prompts are taken off as
-    /// fast as one worker computes them, so that an old report neither scares nor lures for ever, and decodes
-    /// stay as they were: as many begin as end.
+    /// What is first in line is taken to be under way since the last answer. Of others, prompts are taken off far
+    /// faster than a worker computes them, and decodes stay as they were: as many begin as end.
     pub fn load(&mut self, by_deadline: Option<StepTime>, now: Time) -> Load {
         let under_way = self.under_way(now);
         let own_timely = match by_deadline {
@@ -195,7 +198,7 @@ impl Ledger {
             None => self.queue_seconds - under_way,
         };
         let own_queue = (self.queue_seconds - under_way).max(0.0);
-        let drained = now.since(self.made).as_secs_f64();
+        let drained = OTHERS_PACE * now.since(self.made).as_secs_f64();
         let others_queue = (self.others.queue_seconds - drained).max(0.0);
         let queue_seconds = (own_queue + others_queue).min(SECONDS_MAX);
         let timely =
@@ -280,16 +283,16 @@ mod tests {
         ledger.prompt_sent(1, one, at(0));
         ledger.decode_sent(500, at(0));
         let report = Load {
-            queue_seconds: one.seconds + 0.4,
-            timely_seconds: (one.seconds + 0.4) / 2.0,
+            queue_seconds: one.seconds + 4.0,
+            timely_seconds: (one.seconds + 4.0) / 2.0,
             decodes: 3,
             decode_tokens: 1700,
         };
         ledger.report(report, at(50));
         ledger.prompt_over(1, at(100));
         let load = ledger.load(DEADLINE, at(150));
-        near(load.queue_seconds, 0.3);
-        near(load.timely_seconds, 0.1);
+        near(load.queue_seconds, 3.0);
+        near(load.timely_seconds, 1.0);
         assert_eq!((load.decodes, load.decode_tokens), (3, 1700));
         // A report that is never followed by another neither scares nor lures for ever.
         near(queue(&mut ledger, at(900)), 0.0);
