@@ -89,8 +89,9 @@ pub struct Options {
     pub order: Order,
     /// Whether roles change.
     pub planner: bool,
-    /// Whether `cost` refuses what is rather late than in time, as a router with targets does. Who is refused comes
-    /// again when told to, later from time to time, with what is left of its targets.
+    /// Whether what is rather late than in time is refused, as a router with targets does: under every policy, with
+    /// prompts in order by deadline. Who is refused comes again when told to, later from time to time, with what is
+    /// left of its targets.
     pub admission: bool,
     /// Targets: first token, and seconds per token on average.
     pub first_token: Duration,

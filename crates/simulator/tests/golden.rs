@@ -104,6 +104,7 @@ fn it_is_the_cluster_of_the_reference() {
                 first_token: ms(first),
                 per_token: ms(token),
                 as_reference: true,
+                admission: false, // the reference lets everybody in
                 ..Options::default()
             };
             let outcome = run(&options, &workload).expect("the options are sound");

@@ -92,7 +92,8 @@ impl<'a> Cluster<'a> {
     /// When a request that no worker has begun should come again, if it may not come in now.
     fn refuses(&mut self, id: JobId, request: &Request) -> Option<Duration> {
         let job = &mut self.jobs[id as usize];
-        if !self.options.admission || !self.is_cost || job.made > 0 || job.attempts > 0 {
+        let refuses = self.options.admission && self.options.order == Order::Deadline;
+        if !refuses || job.made > 0 || job.attempts > 0 {
             return None;
         }
         match admission::admit(request, &self.view, &Limits::default(), 0, usize::MAX) {

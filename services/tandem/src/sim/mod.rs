@@ -69,7 +69,7 @@ pub struct SimConfig {
     /// Whether roles follow the load: on or off; on for cost without it
     #[arg(long)]
     planner: Option<String>,
-    /// Whether cost refuses what is rather late than in time, to come again when told to: on or off
+    /// Whether what is rather late than in time is refused, to come again when told to: on or off; by deadline only
     #[arg(long, default_value = "on")]
     admission: String,
     /// Prefix caches of each worker: device=N,host=M tokens
