@@ -46,18 +46,6 @@ pub fn number(option: &str, text: &str) -> Result<u32, String> {
     number.ok_or_else(|| format!("{option} takes a number from 1 on, not {text:?}"))
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn figures_are_shown_with_their_median_first() {
-        assert_eq!(show(spread(vec![3.0, 1.0, 2.25]), 1), "2.2 (1.0 to 3.0)");
-        assert_eq!(number("--rounds", "7"), Ok(7));
-        assert!(number("--rounds", "0").unwrap_err().contains("from 1 on"));
-    }
-}
-
 /// Resident bytes once they fall no more: what is free is given back a moment after the last work.
 pub async fn at_rest(group: Group) -> u64 {
     let mut least = group.resident_bytes();
@@ -70,4 +58,16 @@ pub async fn at_rest(group: Group) -> u64 {
         least = now;
     }
     least
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn figures_are_shown_with_their_median_first() {
+        assert_eq!(show(spread(vec![3.0, 1.0, 2.25]), 1), "2.2 (1.0 to 3.0)");
+        assert_eq!(number("--rounds", "7"), Ok(7));
+        assert!(number("--rounds", "0").unwrap_err().contains("from 1 on"));
+    }
 }

@@ -19,7 +19,7 @@ async fn hasty(router: Router) -> (TcpStream, Shutdown) {
     let shutdown = Shutdown::new();
     let limits = Limits { linger: Duration::ZERO, ..Limits::default() };
     seam::spawn(serve(listener, router, limits, shutdown.clone()));
-    (TcpStream::connect(address).await.expect("it listens"), shutdown)
+    (seam::connect_tcp(address).await.expect("it listens"), shutdown)
 }
 
 /// Reads until so many answers that end in `done` have come.

@@ -3,8 +3,8 @@
 //! The allocator keeps what a thread has freed for what that thread asks for next, and looks at it again only then. A
 //! router that has started, or that had ten thousand connections, would hold on to all of that while nothing happens.
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
 use tandem_chassis::{Shutdown, seam};
@@ -14,9 +14,8 @@ use tokio::runtime::Handle;
 const PERIOD: Duration = Duration::from_secs(2);
 /// Threads that run out of work more often than this in a period have much to do: each event is such a time.
 const TURNS_QUIET: u64 = 2000;
-/// How long a thread waits for the others, in naps of this length.
-const NAPS: usize = 10;
-const NAP: Duration = Duration::from_micros(200);
+/// How long a thread waits for the others.
+const MEETING_MAX: Duration = Duration::from_millis(2);
 
 /// How often a thread ran out of work.
 static TURNS: AtomicU64 = AtomicU64::new(0);
@@ -53,18 +52,16 @@ pub(crate) async fn watch(shutdown: Shutdown) {
 /// another is busy meanwhile, that one is not quiet anyway.
 fn everywhere() {
     let threads = Handle::current().metrics().num_workers();
-    let here = Arc::new(AtomicUsize::new(0));
+    let meeting = Arc::new((Mutex::new(0), Condvar::new()));
     for _ in 0..threads {
-        let here = here.clone();
+        let meeting = meeting.clone();
         drop(seam::spawn(async move {
-            here.fetch_add(1, Ordering::Relaxed);
             give_back();
-            for _ in 0..NAPS {
-                if here.load(Ordering::Relaxed) == threads {
-                    break;
-                }
-                std::thread::sleep(NAP);
-            }
+            let (here, all_here) = &*meeting;
+            let mut here = here.lock().expect("nothing panics under this lock");
+            *here += 1;
+            all_here.notify_all();
+            drop(all_here.wait_timeout_while(here, MEETING_MAX, |here| *here < threads));
         }));
     }
 }
