@@ -238,21 +238,26 @@ fn is_filled(region: &Region) -> bool {
 /// A pull that its owner has let through, and that nobody polls.
 type Midway<'a> = Pin<Box<dyn Future<Output = Completion> + Send + 'a>>;
 
-/// Polls a pull until its owner has let it through, and no further.
+/// Polls a pull until its owner has let it through, and no further. One that is over at its first poll comes back.
 async fn begin<'a>(peer: &'a dyn Peer, pull: Pull, gate: &TestGate) -> Result<Midway<'a>, Completion> {
-    let asked = gate.counts.borrow().asked;
-    let mut counts = gate.counts.subscribe();
-    let mut midway = Box::pin(peer.pull(pull));
     loop {
-        let polled = std::future::poll_fn(|context| Poll::Ready(midway.as_mut().poll(context))).await;
-        if let Poll::Ready(done) = polled {
-            return Err(done);
-        }
-        // Usually the first poll has sent everything, and this waits for the owner; a transport with more to say
-        // is polled again.
-        let through = counts.wait_for(|counts| counts.asked > asked);
-        if seam::timeout(Duration::from_millis(100), through).await.is_ok() {
-            return Ok(midway);
+        let asked = gate.counts.borrow().asked;
+        let mut counts = gate.counts.subscribe();
+        let mut midway = Box::pin(peer.pull(pull.clone()));
+        for polls in 0.. {
+            let polled = std::future::poll_fn(|context| Poll::Ready(midway.as_mut().poll(context))).await;
+            if let Poll::Ready(done) = polled {
+                if polls == 0 {
+                    return Err(done);
+                }
+                break; // an owner that was slow has let it through just before this poll: once more
+            }
+            // Usually the first poll has sent everything, and this waits for the owner; a transport with more to say
+            // is polled again.
+            let through = counts.wait_for(|counts| counts.asked > asked);
+            if seam::timeout(Duration::from_millis(100), through).await.is_ok() {
+                return Ok(midway);
+            }
         }
     }
 }
