@@ -91,16 +91,18 @@ pub async fn start(
     let model_name = config.model_name.clone().unwrap_or_else(|| {
         dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     });
-    let loaded = tokio::task::spawn_blocking({
+    let (done, loaded) = tokio::sync::oneshot::channel();
+    // It ends by itself; what reading has used is given back when nobody waits for it any more.
+    drop(tokio::task::spawn_blocking({
         let context_tokens = config.context_tokens;
         let model_name = model_name.clone();
         move || {
-            let opened = text::Model::open(&dir, model_name, context_tokens);
+            let _ = done.send(text::Model::open(&dir, model_name, context_tokens));
             memory::give_back();
-            opened
         }
-    });
-    let loaded = loaded.await.map_err(|e| StartError::Model(e.to_string()))?;
+    }));
+    let loaded =
+        loaded.await.map_err(|_| StartError::Model("reading the model's text side panicked".into()))?;
     let model = Arc::new(loaded.map_err(|error| StartError::Model(error.to_string()))?);
 
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:04x}", seam::random_u64() as u16));
