@@ -6,6 +6,7 @@
 //! wrong option is refused with the name of the right one.
 
 pub mod admin;
+pub mod allocator;
 pub mod config;
 pub mod drain;
 pub mod fail;

@@ -12,7 +12,6 @@ mod breaker;
 mod config;
 mod dispatch;
 mod link;
-mod memory;
 mod metrics;
 mod planner;
 mod prefixes;
@@ -91,18 +90,12 @@ pub async fn start(
     let model_name = config.model_name.clone().unwrap_or_else(|| {
         dir.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default()
     });
-    let (done, loaded) = tokio::sync::oneshot::channel();
-    // It ends by itself; what reading has used is given back when nobody waits for it any more.
-    drop(tokio::task::spawn_blocking({
+    let loaded = tokio::task::spawn_blocking({
         let context_tokens = config.context_tokens;
         let model_name = model_name.clone();
-        move || {
-            let _ = done.send(text::Model::open(&dir, model_name, context_tokens));
-            memory::give_back();
-        }
-    }));
-    let loaded =
-        loaded.await.map_err(|_| StartError::Model("reading the model's text side panicked".into()))?;
+        move || text::Model::open(&dir, model_name, context_tokens)
+    });
+    let loaded = loaded.await.map_err(|error| StartError::Model(error.to_string()))?;
     let model = Arc::new(loaded.map_err(|error| StartError::Model(error.to_string()))?);
 
     let id = config.id.clone().unwrap_or_else(|| format!("router-{:04x}", seam::random_u64() as u16));

@@ -2,9 +2,7 @@
 
 use std::process::ExitCode;
 
-/// A router makes and frees small things for every token.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+tandem_chassis::allocator!();
 
 fn main() -> ExitCode {
     tandem_router::process_main(std::env::args_os().collect())

@@ -20,8 +20,7 @@ pub fn process_main(arguments: Vec<OsString>) -> ExitCode {
         }
     });
     let _telemetry = telemetry::init_with("tandem-router", &config.telemetry);
-    let mut threads = tokio::runtime::Builder::new_multi_thread();
-    let runtime = match threads.enable_all().on_thread_park(crate::memory::parked).build() {
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
             eprintln!("error: cannot start threads: {error}");
@@ -41,7 +40,6 @@ async fn run(config: RouterConfig) -> Result<(), String> {
     let shutdown = Shutdown::new();
     // Owned by the runtime; it ends with the process.
     seam::spawn(drain::signal(shutdown.clone()));
-    seam::spawn(crate::memory::watch(shutdown.clone()));
     let spec = tandem_cluster::Spec { etcd: config.etcd.clone(), parent: config.parent.clone() };
     let membership = tandem_cluster::connect(&spec, &config.cluster).await.map_err(|e| e.to_string())?;
     let started = crate::start(config, membership, shutdown).await.map_err(|e| e.to_string())?;

@@ -15,9 +15,7 @@ mod up_processes;
 use std::ffi::OsString;
 use std::process::ExitCode;
 
-/// A router makes and frees small things for every token.
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+tandem_chassis::allocator!();
 
 const HELP: &str = "\
 Tandem serves large language models: prefill and decode on separate workers, one endpoint.
