@@ -5,6 +5,8 @@
 
 use tandem_types::{BLOCK_TOKENS, BlockHash, KvIdentity, TokenId};
 
+const BLOCK: usize = BLOCK_TOKENS as usize;
+
 /// Where a chain starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ChainSeed([u8; 16]);
@@ -17,11 +19,10 @@ pub fn chain_seed(identity: &KvIdentity, strict: bool, salt: &[u8], adapter: &st
         hasher.update(&(part.len() as u64).to_le_bytes());
         hasher.update(part);
     }
-    ChainSeed(truncated(&hasher))
+    ChainSeed(truncated(hasher.finalize()))
 }
 
-fn truncated(hasher: &blake3::Hasher) -> [u8; 16] {
-    let hash = hasher.finalize();
+fn truncated(hash: blake3::Hash) -> [u8; 16] {
     hash.as_bytes()[..16].try_into().expect("a hash has 32 bytes")
 }
 
@@ -36,26 +37,39 @@ pub struct HashChain {
 impl HashChain {
     /// An empty chain.
     pub fn new(seed: ChainSeed) -> HashChain {
-        HashChain { last: seed.0, hashes: Vec::new(), open: Vec::with_capacity(BLOCK_TOKENS as usize) }
+        HashChain { last: seed.0, hashes: Vec::new(), open: Vec::with_capacity(BLOCK) }
     }
 
     /// Appends tokens; every block they fill gets its hash.
     pub fn extend(&mut self, tokens: &[TokenId]) {
-        for &token in tokens {
-            self.open.push(token);
-            if self.open.len() == BLOCK_TOKENS as usize {
-                self.close_block();
+        let mut rest = tokens;
+        if !self.open.is_empty() {
+            let (first, others) = rest.split_at(rest.len().min(BLOCK - self.open.len()));
+            self.open.extend_from_slice(first);
+            rest = others;
+            if let Ok(block) = <&[TokenId; BLOCK]>::try_from(&self.open[..]) {
+                let block = *block;
+                self.close(&block);
+                self.open.clear();
             }
         }
+        let (blocks, rest) = rest.as_chunks::<BLOCK>();
+        self.hashes.reserve(blocks.len());
+        for block in blocks {
+            self.close(block);
+        }
+        self.open.extend_from_slice(rest);
     }
 
-    fn close_block(&mut self) {
-        let mut hasher = blake3::Hasher::new();
-        hasher.update(&self.last);
-        for token in self.open.drain(..) {
-            hasher.update(&token.to_le_bytes());
+    fn close(&mut self, block: &[TokenId; BLOCK]) {
+        let mut input = [0; 16 + 4 * BLOCK];
+        let (before, tokens) = input.split_at_mut(16);
+        before.copy_from_slice(&self.last);
+        for (bytes, token) in tokens.chunks_exact_mut(4).zip(block) {
+            bytes.copy_from_slice(&token.to_le_bytes());
         }
-        self.last = truncated(&hasher);
+        // All at once: a hasher that takes input bit by bit has more to do than one that hashes so little.
+        self.last = truncated(blake3::hash(&input));
         self.hashes.push(BlockHash(u128::from_be_bytes(self.last)));
     }
 
