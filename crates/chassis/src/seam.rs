@@ -5,6 +5,7 @@
 //! paused one.
 #![allow(clippy::disallowed_methods)]
 
+use std::cell::RefCell;
 use std::future::Future;
 use std::io;
 use std::sync::OnceLock;
@@ -153,7 +154,18 @@ pub fn random_u64() -> u64 {
 
 /// 128 random bits from the operating system, for ids that must never meet; in a simulated world, from its seed.
 pub fn random_u128() -> u128 {
-    simulation::random().unwrap_or_else(|| u128::from_ne_bytes(random_bytes()))
+    // A system call for each would be a hundredth of what a request costs a router.
+    thread_local!(static DRAWN: RefCell<Vec<u128>> = const { RefCell::new(Vec::new()) });
+    simulation::random().unwrap_or_else(|| {
+        DRAWN.with_borrow_mut(|drawn| {
+            drawn.pop().unwrap_or_else(|| {
+                let bytes = random_bytes::<256>();
+                let (first, rest) = bytes.as_chunks().0.split_first().expect("there are 16");
+                drawn.extend(rest.iter().map(|bytes| u128::from_ne_bytes(*bytes)));
+                u128::from_ne_bytes(*first)
+            })
+        })
+    })
 }
 
 fn random_bytes<const N: usize>() -> [u8; N] {

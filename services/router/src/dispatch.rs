@@ -187,8 +187,7 @@ impl Dispatcher {
     }
 
     /// Tokens were delivered, or answers ended.
-    fn count_answers(&self, tokens: f64, ended: f64) {
-        let now = seam::now();
+    fn count_answers(&self, tokens: f64, ended: f64, now: Time) {
         self.answers.lock().expect("nothing panics under this lock").drawn(tokens, ended, now);
     }
 
@@ -287,7 +286,7 @@ impl Course {
                 let word = if reason == FinishReason::Length { "length" } else { "stop" };
                 self.record.note(Note::End(word.into()));
                 metrics.observe_end(self.request.arrived, decoding, &usage, word);
-                self.dispatcher.count_answers(0.0, 1.0);
+                self.dispatcher.count_answers(0.0, 1.0, seam::now());
                 self.observe_targets(decoding);
                 GenerateEvent::Finished { reason, usage }
             }
@@ -576,7 +575,8 @@ impl Course {
     async fn deliver(&mut self, delta: &v1::Delta, from: &WorkerId) -> Result<(), Round> {
         self.begun(0);
         self.check_scored(from)?;
-        self.dispatcher.count_answers(delta.tokens.len() as f64, 0.0);
+        let now = seam::now();
+        self.dispatcher.count_answers(delta.tokens.len() as f64, 0.0, now);
         for (i, &token) in delta.tokens.iter().enumerate() {
             let position = delta.position as usize + i;
             if let Some(known) = self.delivered.get(position) {
@@ -594,7 +594,6 @@ impl Course {
             }
             self.delivered.push(token);
             let sampled = convert::sampled(token, delta.logprobs.get(i));
-            let now = seam::now();
             self.first_token.get_or_insert(now);
             let since = self.last_token.replace(now).unwrap_or(self.request.arrived);
             self.dispatcher.metrics.observe_token(position == 0, now.since(since));

@@ -3,6 +3,7 @@
 use tandem_chassis::seam;
 use tandem_proto::{convert, v1};
 use tandem_types::{Sampled, TokenId, WorkerId};
+use tokio::sync::mpsc::error::TrySendError;
 
 use super::Course;
 use super::round::{Again, Round};
@@ -42,6 +43,8 @@ impl Course {
 
     /// To the client, who has some time to take it.
     pub(super) async fn send(&self, event: GenerateEvent) -> Result<(), Round> {
+        // Nearly always there is room, and no need for a timer.
+        let Err(TrySendError::Full(event)) = self.out.try_send(event) else { return Ok(()) };
         let sent = seam::timeout(super::CLIENT_PATIENCE, self.out.send(event)).await;
         sent.map(|_| ()).map_err(|_| {
             let seconds = super::CLIENT_PATIENCE.as_secs();
