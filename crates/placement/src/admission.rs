@@ -73,15 +73,18 @@ pub fn admit(
             Verdict::Admit { chance: 1.0 }
         };
     }
-    let chance = Cost::default().chance(request, candidates);
+    let (first, others) = Cost::default().chances(request, candidates);
+    let chance = first * others;
     if chance < limits.chance_least {
         let wait = able.iter().map(|c| sane_seconds(c.timely_seconds)).fold(f64::INFINITY, f64::min);
         let target = request.first_token_target();
-        let reason = format!(
-            "it would be in time with a chance of {chance:.2}: the shortest queue is {wait:.2} s, and its first token \
-             is due in {target:.2} s"
-        );
-        return shed(reason, wait - target);
+        let why = if first <= others {
+            format!("the shortest queue is {wait:.2} s, and its first token is due in {target:.2} s")
+        } else {
+            let each = request.token_target();
+            format!("no worker is likely to draw its other tokens within {each:.3} s each")
+        };
+        return shed(format!("it would be in time with a chance of {chance:.2}: {why}"), wait - target);
     }
     Verdict::Admit { chance }
 }

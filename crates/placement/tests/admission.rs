@@ -78,6 +78,8 @@ fn what_no_idle_worker_does_in_time_is_let_in_all_the_same() {
     let idle = [worker("p", Role::Prefill), worker("d", Role::Decode)];
     let long = Request { prompt_tokens: 100_000, ..request() };
     assert!(admitted(&long, &idle), "40 s of work, due in two");
+    let piecemeal = idle.clone().map(|worker| Candidate { prompt_budget: 512, ..worker });
+    assert!(admitted(&long, &piecemeal), "each piece takes a step of its own");
     let hasty = Request { token_seconds: 1e-3, ..request() };
     assert!(admitted(&hasty, &idle), "no step is that short");
     let mut queued = idle.clone();
@@ -103,6 +105,11 @@ fn a_refusal_says_why_and_when_to_come_again() {
             assert!(reason.contains("9.50 s") && reason.contains("2.00 s"), "{reason}");
             assert_eq!(retry_after.as_secs(), 8);
         }
+        Verdict::Admit { chance } => panic!("admitted with {chance}"),
+    }
+    let crowded = Candidate { decodes: 450, ..worker("d", Role::Decode) };
+    match admit(&Request { max_tokens: 500, ..request() }, &[crowded], &Limits::default(), 0, 256) {
+        Verdict::Shed { reason, .. } => assert!(reason.contains("other tokens within 0.500 s"), "{reason}"),
         Verdict::Admit { chance } => panic!("admitted with {chance}"),
     }
 }

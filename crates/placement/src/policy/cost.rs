@@ -164,10 +164,11 @@ struct DecodePart {
 }
 
 impl Cost {
-    /// The chance that a request of which nothing is cached meets both its targets, each where it is best met. What
-    /// would miss a target on workers that have nothing else to do gets a target that it meets there, so that only
-    /// the work of others counts against it. 1 where no worker has measured itself yet.
-    pub(crate) fn chance(&self, request: &Request, candidates: &[Candidate]) -> f64 {
+    /// The chances that a request of which nothing is cached meets the target of its first token and that of the
+    /// others, each where it is best met. What would miss a target on workers that have nothing else to do gets a
+    /// target that it meets there, so that only the work of others counts against it. 1 where no worker has measured
+    /// itself yet.
+    pub(crate) fn chances(&self, request: &Request, candidates: &[Candidate]) -> (f64, f64) {
         let known: Vec<(&Candidate, StepTime)> = candidates
             .iter()
             .filter(|c| c.role != Role::Encode)
@@ -175,23 +176,25 @@ impl Cost {
             .collect();
         let tokens = request.prompt_tokens;
         let context = f64::from(tokens) + request.expected();
-        let alone = |of: fn(&StepTime, u32, f64) -> f64| {
-            known.iter().map(|(_, model)| of(model, tokens, context)).fold(f64::INFINITY, f64::min)
+        let alone = |of: &dyn Fn(&Candidate, &StepTime) -> f64| {
+            known.iter().map(|(c, model)| of(c, model)).fold(f64::INFINITY, f64::min)
         };
         if known.is_empty() {
-            return 1.0;
+            return (1.0, 1.0);
         }
         let fair = Request {
             first_token_seconds: request
                 .first_token_target()
-                .max(ALONE * alone(|m, n, _| m.prefill_alone(n, 0))),
-            token_seconds: request.token_target().max(ALONE * alone(|m, _, n| m.step(1.0, 0.0, n))),
+                .max(ALONE * alone(&|c, model| model.prefill(tokens, 0, c.prompt_budget))),
+            token_seconds: request
+                .token_target()
+                .max(ALONE * alone(&|_, model| model.step(1.0, 0.0, context))),
             held: Vec::new(),
             ..*request
         };
         let first = least(known.iter().map(|(c, _)| self.prefill_part(0, c, &fair, None, None).missed));
         let others = least(known.iter().map(|(c, _)| self.decode_part(0, c, &fair).missed));
-        (1.0 - first) * (1.0 - others)
+        (1.0 - first, 1.0 - others)
     }
 
     /// The share of requests with this predicted time that will miss this target.
