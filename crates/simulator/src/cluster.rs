@@ -9,6 +9,7 @@ use tandem_placement::admission::{self, Limits, Verdict};
 use tandem_placement::index::{Change, Index};
 use tandem_placement::ledger::{self, Ledger, Load};
 use tandem_placement::planner::{self, Observer, Planner};
+use tandem_placement::predictor::{Measured, Predictor};
 use tandem_placement::{Candidate, Held, Link, Policy, Request, Tier};
 use tandem_types::{BlockHash, Incarnation, Role, ServiceClass, StepTime, Time};
 
@@ -93,6 +94,7 @@ pub struct Cluster<'a> {
     sequence: u64,
     now: Time,
     truth: StepTime,
+    /// What prompts are taken to need, wherever they are computed.
     predicted: StepTime,
     observer: Observer,
     planner: Planner,
@@ -158,7 +160,7 @@ impl<'a> Cluster<'a> {
     /// Runs to the end.
     pub fn run(mut self) -> Outcome {
         let end = self.workload.arrivals.last().map_or(Time::ZERO, |last| last.at);
-        if self.options.planner || self.is_cost {
+        if self.options.planner || self.is_cost || self.learns() {
             self.at(Time::ZERO + PLANNER_TICK, Event::Plan);
         }
         if self.workload.arrivals.iter().any(|arrival| arrival.class == ServiceClass::Offline) {
@@ -212,7 +214,7 @@ impl<'a> Cluster<'a> {
 
     fn add_worker(&mut self, role: Role) -> usize {
         let number = self.workers.len();
-        let pace = self.pace();
+        let pace = self.pace(self.predicted);
         let kv = self.options.profile.kv_tokens;
         let batcher = match self.options.batching {
             Batching::Twin if self.options.as_reference => {
@@ -221,7 +223,9 @@ impl<'a> Cluster<'a> {
             Batching::Twin => Batcher::Twin(Box::new(Twin::new(pace, kv))),
             Batching::Real => Batcher::Real(Box::new(Real::new(pace, kv))),
         };
-        self.workers.push(Worker::new(role, batcher, Cache::new(self.options.cache), self.options.routers));
+        let mut worker = Worker::new(role, batcher, Cache::new(self.options.cache), self.options.routers);
+        worker.predictor = self.learns().then(|| Predictor::new(self.predicted));
+        self.workers.push(worker);
         let bytes = self.options.profile.kv_bytes as f64;
         self.view.push(Candidate {
             worker: format!("w-{number:04}").as_str().into(),
@@ -241,7 +245,12 @@ impl<'a> Cluster<'a> {
         number
     }
 
-    fn pace(&self) -> Pace {
+    /// What predicts exactly has nothing to learn.
+    fn learns(&self) -> bool {
+        self.options.learning && (self.options.bias != 0.0 || self.options.noise > 0.0)
+    }
+
+    fn pace(&self, model: StepTime) -> Pace {
         let budget = match self.options.split {
             Split::Mixed(chunk) => Budget::Tokens(chunk),
             Split::Roles(..) if self.is_cost => Budget::Slack(FULL_CHUNK),
@@ -250,10 +259,15 @@ impl<'a> Cluster<'a> {
         Pace {
             order: self.options.order,
             budget,
-            model: self.predicted,
+            model,
             headroom_tokens: self.options.headroom_tokens,
             expected_tokens: self.observer.output_tokens(),
         }
+    }
+
+    /// What a worker's steps are taken to need.
+    fn model(&self, worker: usize) -> StepTime {
+        self.view[worker].model.unwrap_or(self.predicted)
     }
 
     fn at(&mut self, at: Time, event: Event) {
@@ -289,6 +303,12 @@ impl<'a> Cluster<'a> {
         if self.now < w.slow.1 {
             seconds *= w.slow.0;
         }
+        w.measured = Some(Measured {
+            tokens: f64::from(shape.new_tokens),
+            pairs: shape.pairs,
+            context: shape.context as f64,
+            seconds,
+        });
         w.busy_seconds += seconds;
         self.outcome.steps += 1;
         self.outcome.prompt_tokens += u64::from(shape.prompt_tokens);
@@ -300,6 +320,7 @@ impl<'a> Cluster<'a> {
     fn step_ends(&mut self, worker: usize) {
         // Busy until all of the step is taken in: whoever decodes on here is in the very next one.
         let w = &mut self.workers[worker];
+        w.learn();
         let (rows, _) = w.batcher.decodes();
         let before = w.contexts();
         let mut happened = std::mem::take(&mut self.happened);

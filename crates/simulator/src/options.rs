@@ -111,8 +111,10 @@ pub struct Options {
     pub stale: Duration,
     /// Routers that take turns. Of what another has sent, one knows by reports alone.
     pub routers: usize,
-    /// By what share predictors are too high.
+    /// By what share predictors are too high, to begin with.
     pub bias: f64,
+    /// Whether workers correct their predictors by what their steps take, as real ones do.
+    pub learning: bool,
     /// When offline work is admitted.
     pub offline: Offline,
     /// Counts memory and queues as the reference simulator does, to be compared with it: prompts take no pages.
@@ -151,6 +153,7 @@ impl Default for Options {
             stale: Duration::ZERO,
             routers: 1,
             bias: 0.0,
+            learning: true,
             offline: Offline::Slack,
             as_reference: false,
             headroom_tokens: 512,

@@ -13,7 +13,7 @@ use tandem_types::{
     Usage, attention_pairs, blocks_for,
 };
 
-use crate::twin::{DecodeJob, Happened, JobId, PromptJob, Shape};
+use crate::twin::{DecodeJob, Happened, JobId, PromptJob, Shape, slower};
 
 /// The real code with the face of [`crate::twin::Twin`].
 pub struct Real {
@@ -80,6 +80,8 @@ impl Real {
     }
 
     pub(crate) fn set_pace(&mut self, pace: Pace) {
+        let slower = slower(&self.pace, &pace);
+        (self.queued, self.timely) = (self.queued * slower, self.timely * slower);
         self.pace = pace;
         self.batcher.set_pace(Some(pace));
     }

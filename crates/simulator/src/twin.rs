@@ -107,6 +107,15 @@ struct Flight {
     rows: usize,
 }
 
+/// How much longer prompts are taken to last by another pace.
+pub(crate) fn slower(before: &Pace, after: &Pace) -> f64 {
+    if before.model == after.model {
+        return 1.0;
+    }
+    let of = |pace: &Pace| pace.model.prefill(BLOCK_TOKENS * 32, 0, pace.budget.most());
+    of(after) / of(before)
+}
+
 /// A worker's batcher and its pool, as numbers.
 #[derive(Clone, Debug)]
 pub struct Twin {
@@ -157,6 +166,8 @@ impl Twin {
 
     /// Other limits from now on.
     pub fn set_pace(&mut self, pace: Pace) {
+        let slower = slower(&self.pace, &pace);
+        (self.queued, self.timely) = (self.queued * slower, self.timely * slower);
         self.pace = pace;
     }
 

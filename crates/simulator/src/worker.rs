@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 
 use tandem_batching::pace::Pace;
 use tandem_placement::ledger::{Ledger, Load};
+use tandem_placement::predictor::{Measured, Predictor};
 use tandem_types::{Role, Time};
 
 use crate::cache::Cache;
@@ -123,6 +124,9 @@ pub struct Worker {
     pub cache: Cache,
     pub cache_sequence: u64,
     pub steps: u64,
+    /// Where there is anything to learn, what learns it, and the step that is under way.
+    pub predictor: Option<Predictor>,
+    pub measured: Option<Measured>,
     pub slow: (f64, Time),
     pub silent_until: Time,
     /// Each router's books of it, for when reports are old.
@@ -149,6 +153,8 @@ impl Worker {
             cache,
             cache_sequence: 0,
             steps: 0,
+            predictor: None,
+            measured: None,
             slow: (1.0, Time::ZERO),
             silent_until: Time::ZERO,
             ledgers: vec![Ledger::default(); routers.max(1)],
@@ -156,6 +162,13 @@ impl Worker {
             dirty: true,
             busy_seconds: 0.0,
             online: 0,
+        }
+    }
+
+    /// The step under way has ended and taken what it takes.
+    pub fn learn(&mut self) {
+        if let (Some(predictor), Some(measured)) = (&mut self.predictor, self.measured.take()) {
+            predictor.learn(measured);
         }
     }
 

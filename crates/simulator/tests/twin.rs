@@ -55,6 +55,7 @@ fn options() -> impl Strategy<Value = Options> {
             per_token: Duration::from_millis(token),
             headroom_tokens: headroom,
             noise: f64::from(noise) * 0.1,
+            bias: if headroom % 3 == 0 { -0.2 } else { 0.0 },
             faults: match fault {
                 0 => vec![(Duration::from_millis(300), 0, Fault::Crash(Duration::from_millis(500)))],
                 _ => Vec::new(),

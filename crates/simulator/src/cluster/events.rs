@@ -83,9 +83,10 @@ impl Cluster<'_> {
     }
 
     fn plan_roles(&mut self) {
-        let pace = self.pace();
-        for worker in &mut self.workers {
-            worker.batcher.set_pace(pace);
+        self.take_models();
+        for number in 0..self.workers.len() {
+            let pace = self.pace(self.model(number));
+            self.workers[number].batcher.set_pace(pace);
         }
         if self.options.planner {
             self.flip_roles();
@@ -93,6 +94,29 @@ impl Cluster<'_> {
         if self.next < self.workload.arrivals.len() || self.open_online > 0 {
             self.at(self.now + PLANNER_TICK, Event::Plan);
         }
+    }
+
+    /// What the workers have learnt goes into the view.
+    fn take_models(&mut self) {
+        if !self.learns() {
+            return;
+        }
+        for (worker, candidate) in self.workers.iter().zip(&mut self.view) {
+            candidate.model = worker.predictor.as_ref().map(Predictor::step_time);
+        }
+        let prompts = |role: &Role| *role != Role::Decode;
+        let any = self.workers.iter().any(|worker| prompts(&worker.role));
+        let those = self.workers.iter().zip(&self.view).filter(|(worker, _)| !any || prompts(&worker.role));
+        let models: Vec<StepTime> = those.filter_map(|(_, candidate)| candidate.model).collect();
+        let mean = |of: fn(&StepTime) -> f64| models.iter().map(of).sum::<f64>() / models.len() as f64;
+        self.predicted = StepTime {
+            a0: mean(|m| m.a0),
+            a1: mean(|m| m.a1),
+            a2: mean(|m| m.a2),
+            b0: mean(|m| m.b0),
+            b1: mean(|m| m.b1),
+            b2: mean(|m| m.b2),
+        };
     }
 
     fn flip_roles(&mut self) {
@@ -119,8 +143,11 @@ impl Cluster<'_> {
                 let (rows, context) = w.batcher.decodes();
                 let (used, total) = w.batcher.blocks();
                 let tokens = self.workload.arrivals[id as usize].input;
-                let step =
-                    self.predicted.step(f64::from(rows + 1), 0.0, context as f64 + f64::from(tokens) + 256.0);
+                let step = self.model(worker).step(
+                    f64::from(rows + 1),
+                    0.0,
+                    context as f64 + f64::from(tokens) + 256.0,
+                );
                 let usage = f64::from(used) / f64::from(total.max(1));
                 let room = usage + f64::from(tokens + 512) / (f64::from(total) * 32.0) < 0.8;
                 let queue_short = w.batcher.prompts() < 2;
@@ -178,6 +205,7 @@ impl Cluster<'_> {
                 let w = &mut self.workers[worker];
                 w.up = false;
                 w.busy = false;
+                w.measured = None;
                 w.life += 1;
                 w.online = 0;
                 w.cache.clear();

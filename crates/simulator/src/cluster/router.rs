@@ -111,7 +111,7 @@ impl<'a> Cluster<'a> {
         let held = request.held.iter().find(|held| held.candidate == worker);
         let cached = held.map_or(0, |held| held.tokens).min(request.prompt_tokens - 1);
         let budget = self.view[worker].prompt_budget;
-        let seconds = self.predicted.prefill(request.prompt_tokens - cached, cached, budget);
+        let seconds = self.model(worker).prefill(request.prompt_tokens - cached, cached, budget);
         let due = self.due(id);
         let job = &mut self.jobs[id as usize];
         (job.stage, job.worker) = (Stage::Prefill, worker as u32);
@@ -153,7 +153,7 @@ impl<'a> Cluster<'a> {
         let (device, own) = self.workers[worker].cache.longest(blocks);
         let compute = |cached: u32| {
             let cached = tokens(cached).min(input - 1);
-            self.predicted.prefill(input - cached, cached, FULL_CHUNK)
+            self.model(worker).prefill(input - cached, cached, FULL_CHUNK)
         };
         let mut best = (compute(device), 0.0, device, None);
         let up = Tier::Host.link().seconds(f64::from(tokens(own - device)));
@@ -244,10 +244,11 @@ impl<'a> Cluster<'a> {
     /// Brings the view up to date, as the router has it whose turn this is.
     pub(super) fn refresh(&mut self, turn: usize) {
         let exact = self.options.stale.is_zero();
-        let by_deadline = (self.options.order == Order::Deadline).then_some(self.predicted);
+        let by_deadline = self.options.order == Order::Deadline;
         for (worker, candidate) in self.workers.iter_mut().zip(&mut self.view) {
             if !exact {
                 let router = turn % worker.ledgers.len();
+                let by_deadline = candidate.model.filter(|_| by_deadline);
                 show(candidate, &worker.ledgers[router].load(by_deadline, self.now));
             } else if worker.dirty {
                 worker.dirty = false;

@@ -90,9 +90,12 @@ pub struct SimConfig {
     /// Routers that take turns; each knows of what the others have sent by reports alone
     #[arg(long, default_value_t = 1)]
     routers: usize,
-    /// Share by which predictors are too high (too low if negative)
+    /// Share by which predictors are too high to begin with (too low if negative)
     #[arg(long, default_value_t = 0.0)]
     bias: f64,
+    /// Whether workers correct their predictors by what their steps take: on or off
+    #[arg(long, default_value = "on")]
+    learning: String,
     /// Targets
     #[arg(long, default_value = "ttft=1s,tpot=50ms")]
     slo: Slo,
@@ -240,6 +243,7 @@ fn options(config: &SimConfig) -> Result<Options, String> {
         stale: Duration::from_secs_f64(config.stale_ms / 1e3),
         routers: config.routers,
         bias: config.bias,
+        learning: on_or_off("learning", &config.learning)?,
         offline,
         seed: config.seed,
         batching,
