@@ -45,23 +45,24 @@ pub struct Pace {
     pub model: StepTime,
     /// Tokens of room that an admitted answer has to grow.
     pub headroom_tokens: u32,
-    /// Tokens that an answer has, on average: short ones cannot make up for a long first gap.
-    pub expected_tokens: f64,
+    /// Tokens after the first that all but a few answers have: short ones cannot make up for a long first gap.
+    pub short_tokens: f64,
 }
 
-/// Share of answers that may be too short to make up for their first gap.
-const TOO_SHORT: f64 = 0.04;
+/// Of the time that a step may take beside decodes with targets, so much for prompts without: those fill gaps, and
+/// nobody may be late for them, however short his answer.
+pub const OFFLINE_SHARE: f64 = 0.3;
 /// Seconds that a hand-off takes, by and large.
 const HANDOFF_SECONDS: f64 = 5e-3;
 
-/// The longest step, in seconds, beside prompts where answers of so many tokens on average are handed in.
+/// The longest step, in seconds, beside prompts where nearly all answers that are handed in have so many tokens after
+/// the first, or more.
 ///
 /// The first gap of such an answer holds the hand-off and the rest of the step that is under way. Only later
-/// tokens, each faster than its target, make up for it; of answers whose length is as good as random, few may
-/// be too short for that.
+/// tokens, each faster than its target, make up for it.
 #[inline]
-pub fn step_most(token_seconds: f64, expected_tokens: f64) -> f64 {
-    let tokens = TOO_SHORT * expected_tokens.max(1.0);
+pub fn step_most(token_seconds: f64, short_tokens: f64) -> f64 {
+    let tokens = short_tokens.max(1.0);
     let most = (tokens * token_seconds - HANDOFF_SECONDS) / (tokens + 0.5);
     most.clamp(0.0, AIM * token_seconds)
 }
@@ -257,18 +258,13 @@ const AIM: f64 = 0.95;
 ///
 /// Each decode spreads what it is ahead or behind over its next few tokens. One that is so late that steps
 /// without prompts would not save it does not count: it would stop all prompts and gain nothing.
-pub fn step_seconds(
-    decodes: impl Iterator<Item = Decode>,
-    least: f64,
-    expected_tokens: f64,
-    now: Time,
-) -> f64 {
+pub fn step_seconds(decodes: impl Iterator<Item = Decode>, least: f64, short_tokens: f64, now: Time) -> f64 {
     let now = now.as_secs_f64();
     let allowed = decodes.filter_map(|decode| {
         let tokens = f64::from(decode.made) + HORIZON;
         let left = decode.first_at.as_secs_f64() + AIM * tokens * decode.token_seconds - now;
         let seconds = left / HORIZON;
-        (seconds >= least).then_some(seconds.min(step_most(decode.token_seconds, expected_tokens)))
+        (seconds >= least).then_some(seconds.min(step_most(decode.token_seconds, short_tokens)))
     });
     allowed.fold(f64::INFINITY, f64::min)
 }
@@ -300,9 +296,13 @@ impl Filling {
     pub fn take(&mut self, prompt: &Prompt) -> u32 {
         let before = prompt.total - prompt.left;
         let most = prompt.left.min(self.left);
-        let count = if self.seconds.is_finite() {
+        let seconds = match prompt.class {
+            ServiceClass::Offline => OFFLINE_SHARE * self.seconds,
+            ServiceClass::Online => self.seconds,
+        };
+        let count = if seconds.is_finite() {
             let (new, pairs) = (self.new_tokens, self.pairs);
-            self.model.tokens_within(self.seconds, new, pairs, self.context, before, most)
+            self.model.tokens_within(seconds, new, pairs, self.context, before, most)
         } else {
             most
         };
@@ -313,5 +313,42 @@ impl Filling {
         self.new_tokens += f64::from(count);
         self.pairs += attention_pairs(count, before);
         count
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Steps of 1 ms and 0.1 ms a token.
+    const MODEL: StepTime = StepTime { a0: 1e-3, a1: 1e-4, a2: 0.0, b0: 1e-3, b1: 1e-4, b2: 0.0 };
+
+    #[test]
+    fn prompts_without_a_target_take_a_share_of_what_others_may() {
+        let pace = Pace {
+            order: Order::Deadline,
+            budget: Budget::Slack(2048),
+            model: MODEL,
+            headroom_tokens: 0,
+            short_tokens: 10.0,
+        };
+        let taken = |class, seconds| {
+            let prompt = Prompt { left: 5000, total: 5000, begun: false, due: Time::MAX, class };
+            Filling::new(&pace, seconds, 0, 0.0).take(&prompt)
+        };
+        assert_eq!(taken(ServiceClass::Online, 0.041), 400);
+        let share = taken(ServiceClass::Offline, 0.041);
+        assert!((110..=115).contains(&share), "{share} tokens in 0.3 of 41 ms");
+        assert_eq!(taken(ServiceClass::Offline, f64::INFINITY), 2048, "where nobody has a target, all of it");
+    }
+
+    #[test]
+    fn short_answers_keep_steps_short() {
+        // One further token makes up for nothing: hand-off, half a step and its own step are within its target.
+        let one = step_most(0.05, 1.0);
+        assert!((0.029..0.031).contains(&one), "{one}");
+        assert!(one < step_most(0.05, 5.0) && step_most(0.05, 5.0) < step_most(0.05, 1e6));
+        assert_eq!(step_most(0.05, 1e6), AIM * 0.05);
+        assert_eq!(step_most(0.004, 1.0), 0.0, "the hand-off alone takes longer");
     }
 }

@@ -70,7 +70,7 @@ impl Batcher {
             made: (s.known() - s.spec.prompt_tokens).saturating_sub(1),
             token_seconds: s.target.token_seconds,
         });
-        (step_seconds(targets, least, pace.expected_tokens, now), context as f64)
+        (step_seconds(targets, least, pace.short_tokens, now), context as f64)
     }
 
     /// Pages for a prompt whose turn has come. It may be found never to fit, and is over then.

@@ -1,5 +1,6 @@
 //! What a policy is shown: the workers as the router sees them, and the request.
 
+use crate::lengths::SHORT_TOKENS;
 use serde::Serialize;
 use tandem_types::{Role, ServiceClass, StepTime, WorkerId};
 
@@ -185,6 +186,8 @@ pub struct Request {
     pub max_tokens: u32,
     /// Tokens that are expected to be drawn, by a predictor; not above `max_tokens` in effect.
     pub expected_tokens: f64,
+    /// Tokens after the first that nearly all answers have.
+    pub short_tokens: f64,
     /// Seconds left for the first token; infinite without a target.
     pub first_token_seconds: f64,
     /// Seconds per further token that it may take on average; infinite without a target.
@@ -203,6 +206,7 @@ impl Default for Request {
             prompt_tokens: 1,
             max_tokens: 1,
             expected_tokens: 256.0,
+            short_tokens: SHORT_TOKENS,
             first_token_seconds: f64::INFINITY,
             token_seconds: f64::INFINITY,
             class: ServiceClass::Online,
@@ -220,6 +224,11 @@ impl Request {
     /// Seconds per further token: none is negative, infinite without a target.
     pub fn token_target(&self) -> f64 {
         sane_target(self.token_seconds)
+    }
+
+    /// What nearly all answers have after their first token, at least one.
+    pub fn short(&self) -> f64 {
+        if self.short_tokens.is_nan() { 1.0 } else { self.short_tokens.clamp(1.0, 1e6) }
     }
 
     /// Expected output, at least one token and at most `max_tokens`.

@@ -221,7 +221,7 @@ impl Ledger {
     fn arrange(&mut self, model: StepTime, under_way: f64, now: Time) -> f64 {
         let Some(first) = self.line.iter().next() else { return 0.0 };
         let (budget, order) = (Budget::Slack(u32::MAX), Order::Deadline);
-        let pace = Pace { order, budget, model, headroom_tokens: 0, expected_tokens: 1.0 };
+        let pace = Pace { order, budget, model, headroom_tokens: 0, short_tokens: 1.0 };
         let (first, share) = (first.leg, under_way / first.prompt.seconds.max(1e-9));
         self.line.arrange(&pace, now, |open| {
             let Prompt { tokens, cached, due, class, .. } = open.prompt;

@@ -9,6 +9,7 @@ pub mod admission;
 mod candidate;
 pub mod index;
 pub mod ledger;
+mod lengths;
 mod overlap;
 pub mod planner;
 mod policy;

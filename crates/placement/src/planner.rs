@@ -13,6 +13,7 @@ use tandem_types::{Role, StepTime, Time, WorkerId};
 
 use crate::Candidate;
 use crate::candidate::{sane_seconds, sane_step};
+use crate::lengths::Shortest;
 
 /// How the planner behaves; one set for everything.
 #[derive(Clone, Debug, PartialEq)]
@@ -108,12 +109,17 @@ impl Load {
 pub struct Observer {
     memory_seconds: f64,
     sums: Fading,
+    shortest: Shortest,
 }
 
 impl Observer {
     /// Averages over about so many seconds.
     pub fn new(memory_seconds: f64) -> Observer {
-        Observer { memory_seconds: sane_seconds(memory_seconds).max(0.1), sums: Fading::default() }
+        Observer {
+            memory_seconds: sane_seconds(memory_seconds).max(0.1),
+            sums: Fading::default(),
+            shortest: Shortest::default(),
+        }
     }
 
     fn fade(&mut self, now: Time) {
@@ -181,6 +187,16 @@ impl Observer {
         self.fade(now);
         self.sums.drawn += sane_count(tokens);
         self.sums.ended += sane_count(ended);
+    }
+
+    /// An answer of so many tokens has ended.
+    pub fn answered(&mut self, tokens: u32) {
+        self.shortest.answered(tokens);
+    }
+
+    /// Tokens after the first that nearly all answers have.
+    pub fn short_tokens(&self) -> f64 {
+        self.shortest.tokens()
     }
 
     /// Mean answer length by exposure: tokens drawn per answer ended, so that answers which are still growing

@@ -119,16 +119,17 @@ fn held() -> impl Strategy<Value = Held> {
 }
 
 fn request() -> impl Strategy<Value = Request> {
-    let numbers = (number(), number(), number());
+    let numbers = (number(), number(), number(), number());
     (any::<u64>(), count(), count(), numbers, any::<bool>(), prop::collection::vec(held(), 0..6)).prop_map(
         |(ordinal, prompt_tokens, max_tokens, numbers, online, held)| {
-            let (expected_tokens, first_token_seconds, token_seconds) = numbers;
+            let (expected_tokens, short_tokens, first_token_seconds, token_seconds) = numbers;
             let class = if online { ServiceClass::Online } else { ServiceClass::Offline };
             Request {
                 ordinal,
                 prompt_tokens,
                 max_tokens,
                 expected_tokens,
+                short_tokens,
                 first_token_seconds,
                 token_seconds,
                 class,

@@ -261,7 +261,7 @@ impl<'a> Cluster<'a> {
             budget,
             model,
             headroom_tokens: self.options.headroom_tokens,
-            expected_tokens: self.observer.output_tokens(),
+            short_tokens: self.observer.short_tokens(),
         }
     }
 
@@ -336,6 +336,7 @@ impl<'a> Cluster<'a> {
                     let job = &mut self.jobs[id as usize];
                     job.made = arrival.output;
                     job.last_at = self.now;
+                    self.observer.answered(arrival.output);
                     self.workers[worker].ledger(id).decode_over(arrival.input + arrival.output, self.now);
                     if arrival.class == ServiceClass::Offline {
                         self.outcome.offline_tokens += u64::from(arrival.output) + u64::from(arrival.input);

@@ -330,7 +330,7 @@ impl Twin {
                     token_seconds: row.job.token_seconds,
                 });
                 let least = self.pace.model.step(f64::from(rows), 0.0, context as f64);
-                pace::step_seconds(decodes, least, self.pace.expected_tokens, now)
+                pace::step_seconds(decodes, least, self.pace.short_tokens, now)
             }
         }
     }

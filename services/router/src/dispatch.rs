@@ -162,10 +162,12 @@ impl Dispatcher {
     /// With latency targets, what has no chance to meet them is better refused now than late.
     fn check_chance(&self, request: &GenerateRequest, candidates: &[Candidate]) -> Result<(), DispatchError> {
         let Some(slo) = self.slo.filter(|_| !candidates.is_empty()) else { return Ok(()) };
+        let (expected_tokens, short_tokens) = self.output_tokens();
         let facts = tandem_placement::Request {
             prompt_tokens: request.prompt.len() as u32,
             max_tokens: request.stop.max_tokens,
-            expected_tokens: self.output_tokens(),
+            expected_tokens,
+            short_tokens,
             first_token_seconds: slo.ttft.as_secs_f64(),
             token_seconds: slo.tpot.as_secs_f64(),
             class: request.class,
@@ -181,14 +183,22 @@ impl Dispatcher {
         }
     }
 
-    /// Mean length of the answers of late.
-    fn output_tokens(&self) -> f64 {
-        self.answers.lock().expect("nothing panics under this lock").output_tokens()
+    /// Mean length of the answers of late, and what nearly all of them have after the first token.
+    fn output_tokens(&self) -> (f64, f64) {
+        let answers = self.answers.lock().expect("nothing panics under this lock");
+        (answers.output_tokens(), answers.short_tokens())
     }
 
-    /// Tokens were delivered, or answers ended.
-    fn count_answers(&self, tokens: f64, ended: f64, now: Time) {
-        self.answers.lock().expect("nothing panics under this lock").drawn(tokens, ended, now);
+    /// Tokens were delivered.
+    fn count_drawn(&self, tokens: usize, now: Time) {
+        self.answers.lock().expect("nothing panics under this lock").drawn(tokens as f64, 0.0, now);
+    }
+
+    /// An answer of so many tokens has ended.
+    fn count_answer(&self, tokens: usize) {
+        let mut answers = self.answers.lock().expect("nothing panics under this lock");
+        answers.drawn(0.0, 1.0, seam::now());
+        answers.answered(tokens as u32);
     }
 
     /// Whether work may be redone after a fault; counts it if so.
@@ -286,7 +296,7 @@ impl Course {
                 let word = if reason == FinishReason::Length { "length" } else { "stop" };
                 self.record.note(Note::End(word.into()));
                 metrics.observe_end(self.request.arrived, decoding, &usage, word);
-                self.dispatcher.count_answers(0.0, 1.0, seam::now());
+                self.dispatcher.count_answer(self.delivered.len());
                 self.observe_targets(decoding);
                 GenerateEvent::Finished { reason, usage }
             }
@@ -576,7 +586,7 @@ impl Course {
         self.begun(0);
         self.check_scored(from)?;
         let now = seam::now();
-        self.dispatcher.count_answers(delta.tokens.len() as f64, 0.0, now);
+        self.dispatcher.count_drawn(delta.tokens.len(), now);
         for (i, &token) in delta.tokens.iter().enumerate() {
             let position = delta.position as usize + i;
             if let Some(known) = self.delivered.get(position) {

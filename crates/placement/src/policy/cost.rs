@@ -221,7 +221,7 @@ impl Cost {
             true => pace::Budget::Slack(c.prompt_budget),
             false => pace::Budget::Tokens(c.prompt_budget),
         };
-        let most = pace::step_most(request.token_target(), request.expected());
+        let most = pace::step_most(request.token_target(), request.short());
         pace::prompt_share(model, budget, most, decodes, c.decode_tokens as f64)
     }
 
@@ -318,7 +318,11 @@ impl Cost {
         }
         let step_seconds = if c.timely_seconds > 0.0 {
             let full = model.step(rows + f64::from(c.prompt_budget), 0.0, context);
-            if c.paced { full.min(pace::step_most(target.min(1.0), expected).max(after)) } else { full }
+            if c.paced {
+                full.min(pace::step_most(target.min(1.0), request.short()).max(after))
+            } else {
+                full
+            }
         } else {
             after
         };

@@ -1,5 +1,7 @@
 //! What happens by the clock: reports, plans, gaps for offline work, samples, faults.
 
+use tandem_batching::pace::OFFLINE_SHARE;
+
 use super::*;
 
 impl Cluster<'_> {
@@ -154,7 +156,7 @@ impl Cluster<'_> {
                 let gap = if slack {
                     let decodes_online = w.batcher.decodes().0 as usize > self.offline_open[worker].len();
                     // Where online sequences decode, steps stay well under their target.
-                    let limit = if decodes_online { 0.7 * target } else { 2.0 * target.max(0.02) };
+                    let limit = if decodes_online { OFFLINE_SHARE * target } else { 2.0 * target.max(0.02) };
                     queue_short && step < limit && w.inbound.is_empty()
                 } else {
                     self.open_online == 0 && queue_short

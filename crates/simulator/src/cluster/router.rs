@@ -41,6 +41,7 @@ impl<'a> Cluster<'a> {
             prompt_tokens: arrival.input + job.made,
             max_tokens: 1 << 20,
             expected_tokens: self.observer.output_tokens(),
+            short_tokens: self.observer.short_tokens(),
             first_token_seconds: if !online {
                 f64::INFINITY
             } else if job.made > 0 {

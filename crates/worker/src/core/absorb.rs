@@ -41,7 +41,7 @@ impl Core {
                     leg.stage = Stage::HandedOff;
                     match reason {
                         Some(reason) => {
-                            self.count_drawn(0, 1, now);
+                            self.count_answer(usage.output_tokens, now);
                             self.remove_leg(id, Finish::Finished(reason, usage), now);
                         }
                         None => self.seal(id, usage, now),

@@ -155,6 +155,12 @@ impl Core {
         self.speed.answers.drawn(tokens as f64, ended as f64, now);
     }
 
+    /// An answer of so many tokens has ended.
+    pub(super) fn count_answer(&mut self, tokens: u32, now: Time) {
+        self.count_drawn(0, 1, now);
+        self.speed.answers.answered(tokens);
+    }
+
     /// Hands a sequence to the batcher, with the times at which its tokens are due.
     pub(super) fn add_to_batch(&mut self, id: SequenceId, spec: SequenceSpec, origin: Origin, now: Time) {
         self.batcher.add(spec, origin);
@@ -176,7 +182,7 @@ impl Core {
             budget: Budget::Slack(speed.prompt_budget),
             model,
             headroom_tokens: 0,
-            expected_tokens: speed.answers.output_tokens(),
+            short_tokens: speed.answers.short_tokens(),
         });
         self.batcher.set_pace(pace);
     }
