@@ -1,7 +1,7 @@
 //! How short answers are: what nearly all of them have, followed answer by answer.
 
 /// Share of answers that may be shorter.
-const SHORTER: f64 = 0.04;
+pub(crate) const SHORTER: f64 = 0.04;
 /// How far one answer moves the estimate, as a share of it.
 const STEP: f64 = 0.1;
 /// Before any answer was seen: what nearly all of those have that are 256 tokens long on average and end at random.

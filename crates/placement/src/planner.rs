@@ -13,7 +13,7 @@ use tandem_types::{Role, StepTime, Time, WorkerId};
 
 use crate::Candidate;
 use crate::candidate::{sane_seconds, sane_step};
-use crate::lengths::Shortest;
+use crate::lengths::{SHORTER, Shortest};
 
 /// How the planner behaves; one set for everything.
 #[derive(Clone, Debug, PartialEq)]
@@ -194,9 +194,9 @@ impl Observer {
         self.shortest.answered(tokens);
     }
 
-    /// Tokens after the first that nearly all answers have.
+    /// Tokens after the first that nearly all answers have; no more than if answers of this mean ended at random.
     pub fn short_tokens(&self) -> f64 {
-        self.shortest.tokens()
+        self.shortest.tokens().min(SHORTER * self.output_tokens())
     }
 
     /// Mean answer length by exposure: tokens drawn per answer ended, so that answers which are still growing

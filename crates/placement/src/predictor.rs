@@ -86,15 +86,19 @@ pub fn from_two_points(like: StepTime, prompt: Measured, decode: Measured) -> Op
     step.is_sane().then_some(step)
 }
 
-/// How fast old measurements lose weight: after so many steps to about a third.
+/// How fast a device may come to differ from itself: what was learnt over so many steps is weighed against the rest.
 const MEMORY_STEPS: f64 = 2_000.0;
+/// How far off a number of a profile may be: a fifth of it, one standard deviation, squared.
+const PRIOR: f64 = 0.04;
+/// The noise of one step: a tenth of its time, squared.
+const NOISE: f64 = 0.01;
 /// Measurements beyond this factor of the prediction are stalls or lies, and teach nothing.
 const OUTLIER: f64 = 8.0;
 /// Beyond this one not even the first do, when a profile may still be that of another device.
 const ABSURD: f64 = 1_000.0;
 
-/// A predictor that learns. It starts from a profile and corrects it by recursive least squares on relative
-/// errors; a step bound by memory teaches nothing about the line that is bound by arithmetic.
+/// A predictor that learns. It starts from a profile and corrects it by a Kalman filter on relative errors, whose
+/// state drifts (Kalman, 1960); a step bound by memory teaches nothing about the line that is bound by arithmetic.
 #[derive(Clone, Debug)]
 pub struct Predictor {
     prior: StepTime,
@@ -106,7 +110,7 @@ pub struct Predictor {
 /// Numbers of a step time.
 const TERMS: usize = 6;
 
-/// Recursive least squares for the factors on `a0`, `a1`, `a2`, `b0`, `b1` and `b2`.
+/// A Kalman filter for the factors on `a0`, `a1`, `a2`, `b0`, `b1` and `b2`.
 #[derive(Clone, Debug)]
 struct Fit {
     factors: [f64; TERMS],
@@ -117,31 +121,39 @@ impl Fit {
     fn new() -> Fit {
         let mut covariance = [[0.0; TERMS]; TERMS];
         for (i, row) in covariance.iter_mut().enumerate() {
-            // How far off the profile may be: a fifth, one standard deviation.
-            row[i] = 0.04;
+            row[i] = PRIOR;
         }
         Fit { factors: [1.0; TERMS], covariance }
     }
 
-    /// Shares of the predicted time per term in, measured over predicted out.
+    /// `terms` are shares of the predicted time by the profile's numbers, `ratio` is the measured time over it.
     fn learn(&mut self, terms: [f64; TERMS], ratio: f64) {
-        let forget = 1.0 - 1.0 / MEMORY_STEPS;
-        // The noise of one step: a tenth of its time.
-        let noise = 0.01;
         let mut gain = [0.0; TERMS];
         for (g, row) in gain.iter_mut().zip(&self.covariance) {
             *g = row.iter().zip(&terms).map(|(p, x)| p * x).sum();
         }
-        let spread = noise + gain.iter().zip(&terms).map(|(g, x)| g * x).sum::<f64>().max(0.0);
+        let spread = NOISE + gain.iter().zip(&terms).map(|(g, x)| g * x).sum::<f64>().max(0.0);
         let expected: f64 = self.factors.iter().zip(&terms).map(|(f, x)| f * x).sum();
+        // A stall is no reason to believe in a device that is several times slower.
+        let surprise = (ratio - expected).clamp(-1.0, 1.0);
         for (factor, g) in self.factors.iter_mut().zip(&gain) {
-            *factor = (*factor + g / spread * (ratio - expected)).clamp(0.05, 20.0);
+            *factor = (*factor + g / spread * surprise).clamp(0.05, 20.0);
         }
         for i in 0..TERMS {
             for j in 0..TERMS {
-                let p = self.covariance[i][j] - gain[i] * gain[j] / spread;
-                // Forgetting may not blow up what is never excited.
-                self.covariance[i][j] = (p / forget).clamp(-0.04, 0.04);
+                self.covariance[i][j] -= gain[i] * gain[j] / spread;
+            }
+            self.covariance[i][i] += NOISE / (MEMORY_STEPS * MEMORY_STEPS);
+        }
+        // What no step tells of does not become less certain than it was. Rows and columns shrink together, or it
+        // would be no covariance any more and the filter would run away.
+        for i in 0..TERMS {
+            let shrink = (PRIOR / self.covariance[i][i]).sqrt();
+            if shrink < 1.0 {
+                for j in 0..TERMS {
+                    self.covariance[i][j] *= shrink;
+                    self.covariance[j][i] *= shrink;
+                }
             }
         }
     }
@@ -191,7 +203,7 @@ impl Predictor {
         } else {
             [0.0, 0.0, pairs, p.b0, p.b1 * step.tokens, context]
         };
-        self.fit.learn(terms.map(|term| term / step.seconds), 1.0);
+        self.fit.learn(terms.map(|term| term / predicted), ratio);
         true
     }
 
@@ -263,6 +275,37 @@ mod tests {
             assert!((ratio - 1.0).abs() < 0.05, "{rows} rows and {chunk} prompt tokens: {ratio}");
         }
         assert!(predictor.error() < 0.08, "{}", predictor.error());
+    }
+
+    /// Predicted over true, of steps like those that a worker sees and of others.
+    fn errors(learnt: &StepTime, truth: &StepTime) -> Vec<f64> {
+        let shapes = [(1000.0, 5e5, 0.0), (400.0, 2e5, 5e4), (8.0, 0.0, 8e3), (64.0, 0.0, 8e4)];
+        let ratio = |(tokens, pairs, context)| {
+            learnt.step(tokens, pairs, context) / truth.step(tokens, pairs, context)
+        };
+        shapes.into_iter().map(ratio).collect()
+    }
+
+    #[test]
+    fn a_predictor_does_not_run_away_from_steps_that_are_all_alike() {
+        let truth = h200();
+        let mut predictor = Predictor::new(truth.scaled(1.2));
+        let mut noise = 1u64;
+        for i in 0..200_000u32 {
+            // Decodes for long, now and then a piece of a prompt, as on a decode worker.
+            let chunk = if i % 50 == 0 { f64::from(i % 1000) } else { 0.0 };
+            let rows = 30.0 + f64::from(i / 1000 % 7);
+            let mut step = measure(&truth, rows + chunk, chunk * 1000.0, rows * 1500.0);
+            noise = noise.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            step.seconds *= 0.83 + 0.34 * (noise >> 40) as f64 / f64::from(1 << 24);
+            predictor.learn(step);
+            if i % 1000 == 999 && i > 5000 {
+                let errors = errors(&predictor.step_time(), &truth);
+                assert!(errors.iter().all(|ratio| (ratio - 1.0).abs() < 0.15), "after {i} steps: {errors:?}");
+                // What such a worker does all the time.
+                assert!((errors[2] - 1.0).abs() < 0.05, "after {i} steps: {errors:?}");
+            }
+        }
     }
 
     #[test]
