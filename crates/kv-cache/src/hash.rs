@@ -117,6 +117,23 @@ mod tests {
     }
 
     #[test]
+    fn a_block_is_named_by_the_name_before_it_and_its_tokens() {
+        // Routers and workers of different versions must agree on this.
+        let seed = seed("w", "cpu", true, b"");
+        let tokens: Vec<TokenId> = (1000..1064).collect();
+        let mut before = seed.0;
+        for (block, name) in tokens.chunks(BLOCK).zip(hashes(seed, &tokens)) {
+            let mut hasher = blake3::Hasher::new();
+            hasher.update(&before);
+            for token in block {
+                hasher.update(&token.to_le_bytes());
+            }
+            before.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+            assert_eq!(name, BlockHash(u128::from_be_bytes(before)));
+        }
+    }
+
+    #[test]
     fn weights_tenants_and_strict_numerics_have_chains_of_their_own() {
         let tokens: Vec<TokenId> = (0..32).collect();
         let first = |seed| hashes(seed, &tokens)[0];
