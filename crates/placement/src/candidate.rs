@@ -1,11 +1,11 @@
 //! What a policy is shown: the workers as the router sees them, and the request.
 
 use crate::lengths::SHORT_TOKENS;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tandem_types::{Role, ServiceClass, StepTime, WorkerId};
 
 /// A way between workers, as it is now.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Link {
     /// Seconds before the first byte.
     pub setup_seconds: f64,
@@ -30,7 +30,7 @@ impl Link {
 
 /// A worker that may take new work, as the router sees it now. In-flight guards make `in_flight` count
 /// requests that the worker's own report does not contain yet.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Candidate {
     /// Its name.
     pub worker: WorkerId,
@@ -135,7 +135,7 @@ impl Candidate {
 }
 
 /// Where blocks lie, the nearest first.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Tier {
     /// In the device's memory: nothing to bring.
@@ -163,7 +163,7 @@ impl Tier {
 }
 
 /// A prefix of the request's prompt that a candidate holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
     /// Index into the candidates.
     pub candidate: usize,
@@ -176,7 +176,7 @@ pub struct Held {
 }
 
 /// What a policy may know of a request.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Request {
     /// How many requests this router has routed before: the state of round robin, as a value.
     pub ordinal: u64,
@@ -239,7 +239,7 @@ impl Request {
 }
 
 /// Who does what. Equal indices: one worker does both and nothing travels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Route {
     /// Index into the candidates.
     pub prefill: usize,

@@ -266,7 +266,7 @@ struct Course {
     routed: bool,
     first_token: Option<Time>,
     last_token: Option<Time>,
-    record: Arc<Record>,
+    record: Record,
 }
 
 impl Course {
@@ -334,7 +334,7 @@ impl Course {
     /// Counts a placement that came to nothing; an error if it was the last that is allowed.
     fn count(&mut self, what: &'static str, again: Again) -> Result<(), DispatchError> {
         let Again { avoid, fault, why, .. } = again;
-        self.record.note(Note::Again { what, why: why.clone(), fault });
+        self.record.note(Note::Again { what: what.into(), why: why.clone(), fault });
         self.dispatcher.metrics.observe_retry(fault);
         self.avoid.extend(avoid);
         self.faults += u32::from(fault);

@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use tandem_batching::pace;
 use tandem_types::{Role, StepTime, WorkerId};
 
@@ -58,7 +58,7 @@ impl Default for Tuning {
 }
 
 /// What a route's cost is made of, in seconds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Terms {
     /// Until this prompt's turn comes.
     pub wait: f64,

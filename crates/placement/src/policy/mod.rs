@@ -5,7 +5,7 @@ pub mod least_loaded;
 pub mod prefix;
 pub mod round_robin;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::{Candidate, Request, Route, decode_side, prefill_side};
 
@@ -74,7 +74,7 @@ pub trait Policy: Send + Sync {
 }
 
 /// Why a route was chosen.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Explanation {
     /// The route, if there is one.
     pub chosen: Option<Route>,
@@ -85,7 +85,7 @@ pub struct Explanation {
 }
 
 /// A route and what it would cost.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Considered {
     /// Who prefills.
     pub prefill: String,

@@ -197,6 +197,7 @@ impl Course {
             ttft_target_ms: targets.map(|slo| whole_ms(slo.ttft)),
             tpot_target_ms: targets.map(|slo| whole_ms(slo.tpot)),
         };
+        let until = until.as_str_name().into();
         self.record.note(Note::Start { worker: link.worker.clone(), attempt: self.attempt, until });
         link.open(start)
             .map_err(|error| Round::Again(Again::new(Some(link.worker.clone()), false, error.to_string())))
