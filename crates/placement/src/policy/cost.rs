@@ -97,8 +97,9 @@ const ALONE: f64 = 1.25;
 /// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
 const CERTAIN: f64 = 20.0;
 
-/// Part of a KV pool that sequences fill; the rest is in pages that are not full.
-const POOL_USABLE: f64 = 0.98;
+/// Part of a KV pool that is filled by choice. Some of the rest is in pages that are not full; what is left of it lets
+/// sequences grow while none ends, for who is preempted is computed twice.
+const POOL_USABLE: f64 = 0.96;
 /// Part of what ended sequences give back that others do not take by growing, at least.
 const GIVEN_BACK_LEAST: f64 = 0.1;
 
