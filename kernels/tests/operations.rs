@@ -382,6 +382,23 @@ fn attention_of_a_row_has_the_same_bits_whichever_rows_are_with_it() {
 }
 
 #[test]
+fn a_row_of_few_queries_has_the_bits_that_it_has_in_a_prompt() {
+    // Alone its keys and values are multiplied as they lie, in a prompt they become panels.
+    for shape in [[1, 1, 64], [2, 1, 128], [4, 2, 192], [3, 1, 128], [4, 1, 64], [8, 2, 128]] {
+        for length in [1, 2, 31, 32, 63, 256, 257, 512 + 33] {
+            let last = shape[0] * shape[2];
+            same_bits(
+                |bench| attention(bench, Element::Bf16, shape, &[length], 1, 3),
+                |bench| {
+                    let whole = attention(bench, Element::Bf16, shape, &[length], length, 3);
+                    whole[whole.len() - last..].to_vec()
+                },
+            );
+        }
+    }
+}
+
+#[test]
 fn what_is_not_finite_in_a_token_is_seen_from_that_token_on_and_not_before() {
     const HEADS: usize = 2;
     const WIDTH: usize = 40;

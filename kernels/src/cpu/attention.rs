@@ -223,7 +223,10 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
     let mut tasks = job.plan.tasks.iter().filter(|task| parts == 1 || task.part == part).peekable();
     while let Some(task) = tasks.next() {
         let block = &job.plan.blocks[task.block];
-        let then = tasks.peek().map(|task| first_rows(job, task));
+        let then = tasks.peek().map(|task| {
+            let block = &job.plan.blocks[task.block];
+            stretch(job, block, task.kv_head, task.span.unwrap_or(0))
+        });
         let group = job.heads / job.pages.heads;
         let queries = block.rows * group;
         room.fit(queries, width);
@@ -237,15 +240,17 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
             let first = block.partial + (task.kv_head * block.spans() + at) * queries;
             // SAFETY: these partial results belong to this task alone.
             let partials = unsafe { job.partials.part(first * len, queries * len) };
-            span(job, block, task.kv_head, at, then, room, |query, partial| {
+            span(job, block, stretch(job, block, task.kv_head, at), then, room, |query, partial| {
                 partials[query * len..][..len].copy_from_slice(partial);
             });
             continue;
         }
         let mut totals = std::mem::take(&mut room.totals);
         for at in 0..block.spans() {
-            let then = then.filter(|_| at + 1 == block.spans());
-            span(job, block, task.kv_head, at, then, room, |query, partial| {
+            let next = at + 1;
+            let then =
+                if next == block.spans() { then } else { Some(stretch(job, block, task.kv_head, next)) };
+            span(job, block, stretch(job, block, task.kv_head, at), then, room, |query, partial| {
                 merge(&mut totals[query * len..][..len], partial, at == 0);
             });
         }
@@ -281,17 +286,34 @@ fn merge_spans_body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) 
     }
 }
 
-/// Keys and values of some tokens.
-type KvRows<'a, T> = (&'a [T], &'a [T]);
+/// What one kv head has of a span.
+#[derive(Clone, Copy)]
+struct Stretch {
+    sequence: usize,
+    kv_head: usize,
+    begin: usize,
+    end: usize,
+}
 
-/// What a task reads first.
 #[inline(always)]
-fn first_rows<'a, F: Form>(job: &'a Attention<'_, F>, task: &Task) -> KvRows<'a, F::Stored> {
-    let block = &job.plan.blocks[task.block];
-    let begin = task.span.unwrap_or(0) * SPAN;
-    let sequence = job.sequences[block.first] as usize;
-    // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
-    unsafe { job.pages.rows(sequence, begin, task.kv_head, PANEL.min(block.reach - begin)) }
+fn stretch<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, span: usize) -> Stretch {
+    let begin = span * SPAN;
+    let end = block.reach.min(begin + SPAN);
+    Stretch { sequence: job.sequences[block.first] as usize, kv_head, begin, end }
+}
+
+impl Stretch {
+    fn tokens(&self) -> usize {
+        self.end - self.begin
+    }
+
+    /// The keys and values of its tokens from the `at`-th on, 32 or what there is.
+    #[inline(always)]
+    fn rows<'a, F: Form>(&self, job: &'a Attention<'_, F>, at: usize) -> (&'a [F::Stored], &'a [F::Stored]) {
+        let position = self.begin + at;
+        // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
+        unsafe { job.pages.rows(self.sequence, position, self.kv_head, PANEL.min(self.end - position)) }
+    }
 }
 
 /// Tokens that a query sees.
@@ -307,21 +329,27 @@ fn at_query<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, quer
     ((block.first + query / group) * job.heads + kv_head * group + query % group) * job.pages.width
 }
 
-/// The partial results of span `at`, of every query that sees some of it.
+/// The partial results of a span, of every query that sees some of it. `then` is what comes next.
 #[inline(always)]
 fn span<F: Form>(
     job: &Attention<'_, F>,
     block: &Block,
-    kv_head: usize,
-    at: usize,
-    then: Option<KvRows<'_, F::Stored>>,
+    now: Stretch,
+    then: Option<Stretch>,
     room: &mut Room<F>,
     mut take: impl FnMut(usize, &[f32]),
 ) {
     let width = job.pages.width;
-    let begin = at * SPAN;
-    panels(job, block, kv_head, begin..block.reach.min(begin + SPAN), then, room);
+    let begin = now.begin;
     let queries = room.queries.len() / width;
+    if block.rows == 1 && F::takes_rows(queries, width) {
+        of_a_row(job, now, then, room);
+        for (query, partial) in room.tile.chunks_exact(partial_len(width)).take(queries).enumerate() {
+            take(query, partial);
+        }
+        return;
+    }
+    panels(job, now, then, room);
     let mut first = 0;
     while first < queries {
         let rows = F::rows_next(queries - first);
@@ -339,31 +367,64 @@ fn span<F: Form>(
     }
 }
 
-/// Makes panels of the keys and values of some tokens. Beyond the last one values are zero and keys anything.
+/// Where keys and values lie is looked up so many pieces of 32 tokens ahead: a walk through page tables takes as long
+/// as some reads.
+const FIND_AHEAD: usize = 2;
+
+/// The partial results of a single row's queries, which see the whole stretch. Nothing is made panels of.
 #[inline(always)]
-fn panels<F: Form>(
-    job: &Attention<'_, F>,
-    block: &Block,
-    kv_head: usize,
-    tokens: Range<usize>,
-    then: Option<KvRows<'_, F::Stored>>,
-    room: &mut Room<F>,
-) {
-    let (sequence, reach) = (job.sequences[block.first] as usize, block.reach);
+fn of_a_row<F: Form>(job: &Attention<'_, F>, now: Stretch, then: Option<Stretch>, room: &mut Room<F>) {
+    let width = job.pages.width;
+    let (len, count) = (partial_len(width), now.tokens());
+    let queries = room.queries.len() / width;
+    let pieces = count.div_ceil(PANEL);
+    let piece = |at: usize| match then {
+        _ if at < pieces => Some(now.rows(job, at * PANEL)),
+        Some(then) if (at - pieces) * PANEL < then.tokens() => Some(then.rows(job, (at - pieces) * PANEL)),
+        _ => None,
+    };
+    for at in 0..pieces {
+        let (keys, _) = now.rows(job, at * PANEL);
+        let next = if at + 1 < pieces { now.rows(job, (at + 1) * PANEL).0 } else { now.rows(job, 0).1 };
+        piece(at + FIND_AHEAD).into_iter().for_each(Ahead::find);
+        let products = &mut room.scores[at * PANEL..];
+        // SAFETY: a form is used with its instruction set, and takes rows of these queries.
+        unsafe { F::products_of_rows(&room.queries, width, keys, Ahead::share(next, 0, 1), products, SPAN) };
+    }
+    for query in 0..queries {
+        let scores = &mut room.scores[query * SPAN..][..pieces * PANEL];
+        scores.iter_mut().for_each(|score| *score *= job.scale);
+        let weights = &mut room.weights[query * SPAN..][..pieces * PANEL];
+        let partial = &mut room.tile[query * len..][..len];
+        (partial[0], partial[1]) = soften::<F>(scores, count, weights);
+        partial[2..].fill(0.0);
+    }
+    let sums = &mut room.tile[2..queries * len];
+    for at in 0..pieces {
+        let (_, values) = now.rows(job, at * PANEL);
+        let next = match piece(at + 1) {
+            Some((_, values)) if at + 1 < pieces => values,
+            Some((keys, _)) => keys,
+            None => &[],
+        };
+        let (weights, ahead) = (&room.weights[at * PANEL..], Ahead::share(next, 0, 1));
+        // SAFETY: as above.
+        unsafe { F::add_weighted_rows(weights, SPAN, values, width, ahead, sums, len) };
+    }
+}
+
+/// Makes panels of the keys and values of a stretch. Beyond the last token values are zero and keys anything.
+#[inline(always)]
+fn panels<F: Form>(job: &Attention<'_, F>, now: Stretch, then: Option<Stretch>, room: &mut Room<F>) {
     let width = job.pages.width;
     let (key_len, value_len) = (panel_len::<F::Stored>(width), panel_len::<F::Stored>(SPAN));
-    for (at, position) in tokens.clone().step_by(PANEL).enumerate() {
-        let count = PANEL.min(tokens.end - position);
-        // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
-        let (keys, values) = unsafe { job.pages.rows(sequence, position, kv_head, count) };
-        // What comes next is fetched meanwhile: of this span, of the next one, or of another task.
-        let next = position + PANEL;
-        let (next_keys, next_values) = match then {
-            Some(then) if next >= tokens.end => then,
-            // SAFETY: as above.
-            _ => unsafe {
-                job.pages.rows(sequence, next.min(reach - 1), kv_head, PANEL.min(reach.saturating_sub(next)))
-            },
+    for at in 0..now.tokens().div_ceil(PANEL) {
+        let (keys, values) = now.rows(job, at * PANEL);
+        // What comes next is fetched meanwhile.
+        let (next_keys, next_values): (&[F::Stored], &[F::Stored]) = match then {
+            _ if (at + 1) * PANEL < now.tokens() => now.rows(job, (at + 1) * PANEL),
+            Some(then) => then.rows(job, 0),
+            None => (&[], &[]),
         };
         // SAFETY: a form is used with its instruction set.
         unsafe {

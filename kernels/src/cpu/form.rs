@@ -75,6 +75,47 @@ pub(super) trait Form: Send + Sync + 'static {
         ahead: Ahead,
         panel: &mut [Self::Stored],
     );
+
+    /// Whether keys and values of this width may be multiplied as they lie with so many queries: panels cost more than
+    /// they save where few queries use them.
+    #[inline(always)]
+    fn takes_rows(_queries: usize, _width: usize) -> bool {
+        false
+    }
+
+    /// Sets the products of queries with up to 32 rows, both of `width` elements: those of a query side by side,
+    /// `stride` apart from the next one's. The bits are those of [`Form::tile`] with a panel of these rows.
+    ///
+    /// # Safety
+    /// The machine has the form's instructions, and [`Form::takes_rows`].
+    unsafe fn products_of_rows(
+        _queries: &[Self::Input],
+        _width: usize,
+        _rows: &[Self::Stored],
+        _ahead: Ahead,
+        _products: &mut [f32],
+        _stride: usize,
+    ) {
+        unreachable!("takes_rows says that it cannot");
+    }
+
+    /// Adds up to 32 rows of `width` elements, each times its weight, to a sum for each query. Weights of a query lie
+    /// `x_stride` apart from the next one's, sums `stride`. The bits are those of [`Form::tile`] with panels of these
+    /// rows' columns.
+    ///
+    /// # Safety
+    /// As for [`Form::products_of_rows`].
+    unsafe fn add_weighted_rows(
+        _x: &[Self::Input],
+        _x_stride: usize,
+        _rows: &[Self::Stored],
+        _width: usize,
+        _ahead: Ahead,
+        _sums: &mut [f32],
+        _stride: usize,
+    ) {
+        unreachable!("takes_rows says that it cannot");
+    }
 }
 
 /// Cache lines to fetch while something else is multiplied: memory answers late, and the machine's own prefetching
@@ -90,6 +131,8 @@ pub(super) struct Ahead {
 
 /// Bytes of a cache line.
 const LINE: usize = 64;
+/// Bytes of the smallest page.
+const PAGE: usize = 4096;
 /// How far ahead of itself a single pass over weights fetches: what it reads while memory answers.
 const AHEAD_BYTES: usize = 6144;
 
@@ -102,6 +145,21 @@ impl Ahead {
         let lines = size_of_val(of) / LINE;
         let (begin, end) = (lines * part / parts, lines * (part + 1) / parts);
         Ahead { next: of.as_ptr().cast::<u8>().wrapping_add(begin * LINE), lines: end - begin, ..Ahead::NONE }
+    }
+
+    /// Has the machine find keys and values in its page tables.
+    #[inline(always)]
+    pub(super) fn find<T>((keys, values): (&[T], &[T])) {
+        #[cfg(target_arch = "x86_64")]
+        for rows in [keys, values] {
+            for at in (0..size_of_val(rows)).step_by(PAGE) {
+                let first = rows.as_ptr().cast::<i8>().wrapping_add(at);
+                // SAFETY: every x86-64 has the instruction, and it reads nothing.
+                unsafe {
+                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first);
+                }
+            }
+        }
     }
 
     /// What a single pass over `panel` will come to soon.

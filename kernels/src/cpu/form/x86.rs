@@ -1,5 +1,7 @@
 //! bf16 forms in vector instructions. Both read the same panels.
 
+mod few;
+
 use std::arch::x86_64::*;
 
 use super::{Ahead, Form, PANEL, check, gather, scatter, widened_inputs};
@@ -288,6 +290,54 @@ impl Form for Paired {
         // SAFETY: as above.
         unsafe { interleave_wide(rows, width, first, ahead, panel) }
     }
+
+    #[inline(always)]
+    fn takes_rows(queries: usize, width: usize) -> bool {
+        (1..=4).contains(&queries) && width.is_multiple_of(64)
+    }
+
+    #[inline(always)]
+    unsafe fn products_of_rows(
+        queries: &[Bf16],
+        width: usize,
+        rows: &[Bf16],
+        ahead: Ahead,
+        products: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            match queries.len() / width {
+                1 => few::products::<1>(queries, width, rows, ahead, products, stride),
+                2 => few::products::<2>(queries, width, rows, ahead, products, stride),
+                3 => few::products::<3>(queries, width, rows, ahead, products, stride),
+                _ => few::products::<4>(queries, width, rows, ahead, products, stride),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_weighted_rows(
+        x: &[Bf16],
+        x_stride: usize,
+        rows: &[Bf16],
+        width: usize,
+        ahead: Ahead,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            match (sums.len().div_ceil(stride), width.is_multiple_of(128)) {
+                (1, true) => few::add_weighted::<1, 8>(x, x_stride, rows, width, ahead, sums, stride),
+                (2, true) => few::add_weighted::<2, 8>(x, x_stride, rows, width, ahead, sums, stride),
+                (1, false) => few::add_weighted::<1, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                (2, false) => few::add_weighted::<2, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                (3, _) => few::add_weighted::<3, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                _ => few::add_weighted::<4, 4>(x, x_stride, rows, width, ahead, sums, stride),
+            }
+        }
+    }
 }
 
 /// `R` rows times the panel's two vectors of 16 outputs: sums of 14 rows take 28 of the 32 registers.
@@ -444,40 +494,46 @@ unsafe fn transpose_wide(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut 
             let row: [__m512i; WORDS] = std::array::from_fn(|i| unsafe {
                 _mm512_loadu_si512(from.add((first + i) * width + 2 * pair).cast())
             });
-            let two: [__m512i; WORDS] = std::array::from_fn(|i| match i % 2 {
-                0 => _mm512_unpacklo_epi32(row[i], row[i + 1]),
-                _ => _mm512_unpackhi_epi32(row[i - 1], row[i]),
-            });
-            // Of every four rows: in each quarter of the vector a word of the four; `i % 4` says which of its words.
-            let four: [__m512i; WORDS] = std::array::from_fn(|i| {
-                let base = i / 4 * 4;
-                match i % 4 {
-                    0 => _mm512_unpacklo_epi64(two[base], two[base + 2]),
-                    1 => _mm512_unpackhi_epi64(two[base], two[base + 2]),
-                    2 => _mm512_unpacklo_epi64(two[base + 1], two[base + 3]),
-                    _ => _mm512_unpackhi_epi64(two[base + 1], two[base + 3]),
-                }
-            });
-            for word in 0..4 {
-                let low = [four[word], four[word + 4]];
-                let high = [four[word + 8], four[word + 12]];
-                // Quarters 0 and 2, then 1 and 3, of rows 0 to 7 and of rows 8 to 15.
-                let even = [low, high].map(|[a, b]| _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b));
-                let odd = [low, high].map(|[a, b]| _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b));
-                let whole = [
-                    _mm512_shuffle_i32x4::<0b10_00_10_00>(even[0], even[1]),
-                    _mm512_shuffle_i32x4::<0b10_00_10_00>(odd[0], odd[1]),
-                    _mm512_shuffle_i32x4::<0b11_01_11_01>(even[0], even[1]),
-                    _mm512_shuffle_i32x4::<0b11_01_11_01>(odd[0], odd[1]),
-                ];
-                for (quarter, whole) in whole.into_iter().enumerate() {
-                    let pair = pair + 4 * quarter + word;
-                    // SAFETY: the pair is inside the panel, checked above; a pair's row has 32 outputs.
-                    unsafe { _mm512_storeu_si512(to.add((pair * PANEL + first) * 2).cast(), whole) };
-                }
+            let column = transposed(row);
+            for (i, column) in column.into_iter().enumerate() {
+                // SAFETY: pair `pair + i` is inside the panel, checked above; a pair's row has 32 outputs.
+                unsafe { _mm512_storeu_si512(to.add(((pair + i) * PANEL + first) * 2).cast(), column) };
             }
         }
     }
+}
+
+/// Word `i` of every row, for each `i`.
+#[inline]
+#[target_feature(enable = "avx512f")]
+fn transposed(row: [__m512i; 16]) -> [__m512i; 16] {
+    let two: [__m512i; 16] = std::array::from_fn(|i| match i % 2 {
+        0 => _mm512_unpacklo_epi32(row[i], row[i + 1]),
+        _ => _mm512_unpackhi_epi32(row[i - 1], row[i]),
+    });
+    // Of every four rows: in each quarter of the vector a word of the four; `i % 4` says which of its words.
+    let four: [__m512i; 16] = std::array::from_fn(|i| {
+        let base = i / 4 * 4;
+        match i % 4 {
+            0 => _mm512_unpacklo_epi64(two[base], two[base + 2]),
+            1 => _mm512_unpackhi_epi64(two[base], two[base + 2]),
+            2 => _mm512_unpacklo_epi64(two[base + 1], two[base + 3]),
+            _ => _mm512_unpackhi_epi64(two[base + 1], two[base + 3]),
+        }
+    });
+    std::array::from_fn(|i| {
+        let (quarter, word) = (i / 4, i % 4);
+        let (low, high) = ([four[word], four[word + 4]], [four[word + 8], four[word + 12]]);
+        // Quarters 0 and 2, or 1 and 3, of rows 0 to 7 and of rows 8 to 15.
+        let [a, b] = [low, high].map(|[a, b]| match quarter % 2 {
+            0 => _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            _ => _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+        });
+        match quarter / 2 {
+            0 => _mm512_shuffle_i32x4::<0b10_00_10_00>(a, b),
+            _ => _mm512_shuffle_i32x4::<0b11_01_11_01>(a, b),
+        }
+    })
 }
 
 /// Elements of one vector and of another in turn: those of their first halves, and of their second.
