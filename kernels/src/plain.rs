@@ -322,7 +322,15 @@ impl Stream for Plain {
     fn logits(&mut self, call: Logits<'_>) {
         for row in 0..call.count {
             let x = load(call.x, row * call.weight.inputs, call.weight.inputs);
-            store(call.to, row * call.weight.outputs, &product(&x, call.weight, None));
+            let logits = product(&x, call.weight, None);
+            store(call.to, row * call.weight.outputs, &logits);
+            let Some(peaks) = call.peaks else { continue };
+            let peak = |logits: &[f32]| match logits.iter().all(|logit| logit.is_finite()) {
+                true => logits.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+                false => f32::NAN,
+            };
+            let all: Vec<f32> = logits.chunks(Logits::PEAK).map(peak).collect();
+            store(peaks, row * all.len(), &all);
         }
     }
 

@@ -235,9 +235,15 @@ proptest! {
             let rows = bench.words(&picked);
             bench.stream.gather_rows(&hidden, &rows, picked.len(), width, &gathered);
             let logits = bench.numbers(Element::F32, &vec![0.0; picked.len() * vocab]);
-            bench.stream.logits(Logits { x: &gathered, count: picked.len(), weight: &table, to: &logits });
+            let chunks = vocab.div_ceil(Logits::PEAK);
+            let peaks = bench.numbers(Element::F32, &vec![0.0; picked.len() * chunks]);
+            bench.stream.logits(Logits { x: &gathered, count: picked.len(), weight: &table, to: &logits, peaks: Some(&peaks) });
             let mut all = bench.read(&hidden);
-            all.extend(bench.read(&logits));
+            let (logits, peaks) = (bench.read(&logits), bench.read(&peaks));
+            for (logits, peaks) in logits.chunks(vocab).zip(peaks.chunks(chunks)) {
+                assert_eq!(peaks_of(logits), peaks);
+            }
+            all.extend(logits);
             all
         });
     }
@@ -299,13 +305,16 @@ proptest! {
     fn the_draw_and_its_log_probabilities_agree_with_their_twin(
         vocab in 2_usize..5000, temperature in prop_oneof![Just(0.0_f32), 0.3_f32..2.0],
         top_p in prop_oneof![Just(1.0_f32), 0.1_f32..1.0], top_k in prop_oneof![Just(0_u32), 1_u32..100],
-        min_p in prop_oneof![Just(0.0_f32), 0.001_f32..0.5], top in 0_u8..21, seed: u64,
+        min_p in prop_oneof![Just(0.0_f32), 0.001_f32..0.5], top in 0_u8..21, seed: u64, adjusts: bool, peaks: bool,
     ) {
         let draw = |bench: &mut Bench| {
             let count = 8;
             let logits: Vec<f32> = random(seed % 1000, count * vocab).iter().map(|logit| logit * 4.0).collect();
             let adjusted: Vec<f32> = logits.iter().enumerate().map(|(at, logit)| if at % 7 == 0 { f32::NEG_INFINITY } else { *logit }).collect();
+            let peaks_of: Vec<f32> = logits.chunks(vocab).flat_map(peaks_of).collect();
+            let peaks_of = bench.numbers(Element::F32, &peaks_of);
             let (raw, adjusted) = (bench.numbers(Element::F32, &logits), bench.numbers(Element::F32, &adjusted));
+            let adjusted = if adjusts { &adjusted } else { &raw };
             let rows: Vec<u32> = (0..count)
                 .flat_map(|row| {
                     let flags = SamplingFlags { tallied: row % 2 == 0, logprob: row % 3 == 0, top };
@@ -316,7 +325,7 @@ proptest! {
             let (previous, counts) = (bench.words(&[9; 8]), bench.words(&vec![3; count * vocab]));
             let to = bench.words(&vec![5; count * SampleCall::WORDS]);
             bench.stream.sample(SampleCall {
-                raw: &raw, adjusted: &adjusted, count, vocab, rows: &rows, previous: &previous, counts: Some(&counts), to: &to,
+                raw: &raw, adjusted, peaks: peaks.then_some(&peaks_of), count, vocab, rows: &rows, previous: &previous, counts: Some(&counts), to: &to,
             });
             let words = bench.read_words(&to);
             let mut all = Vec::new();
@@ -469,15 +478,28 @@ fn contiguous(bench: &mut Bench, base: bool) -> Vec<f32> {
     bench.read(&to)
 }
 
+/// What [`Logits`] says of them.
+fn peaks_of(logits: &[f32]) -> Vec<f32> {
+    let peak = |logits: &[f32]| match logits.iter().all(|logit| logit.is_finite()) {
+        true => logits.iter().copied().fold(f32::NEG_INFINITY, f32::max),
+        false => f32::NAN,
+    };
+    logits.chunks(Logits::PEAK).map(peak).collect()
+}
+
 /// Status and token of a row of logits.
 fn drawn(bench: &mut Bench, raw: &[f32], adjusted: &[f32]) -> (u32, u32) {
     let vocab = raw.len();
+    let peaks = bench.numbers(Element::F32, &peaks_of(raw));
+    let same = std::ptr::eq(raw, adjusted);
     let (raw, adjusted) = (bench.numbers(Element::F32, raw), bench.numbers(Element::F32, adjusted));
+    let adjusted = if same { &raw } else { &adjusted };
     let rows = bench.words(&SampleRow::default().to_words());
     let (previous, to) = (bench.words(&[0]), bench.words(&[0; SampleCall::WORDS]));
     bench.stream.sample(SampleCall {
         raw: &raw,
-        adjusted: &adjusted,
+        adjusted,
+        peaks: Some(&peaks),
         count: 1,
         vocab,
         rows: &rows,
@@ -549,6 +571,7 @@ fn draws_at_temperature_one_follow_the_probabilities() {
         bench.stream.sample(SampleCall {
             raw: &raw,
             adjusted: &raw,
+            peaks: None,
             count,
             vocab: 4,
             rows: &rows,

@@ -197,6 +197,14 @@ pub struct Logits<'a> {
     pub weight: &'a Linear,
     /// f32 `[count][outputs]`.
     pub to: &'a Buffer,
+    /// f32 `[count][outputs / 32, rounded up]`: the highest of each 32 logits, or NaN where one is not finite. Whoever
+    /// looks for the highest need not look at all.
+    pub peaks: Option<&'a Buffer>,
+}
+
+impl Logits<'_> {
+    /// Logits of one peak.
+    pub const PEAK: usize = 32;
 }
 
 /// Sets row `slot` of `counts` from a sequence's tokens.
@@ -349,6 +357,8 @@ pub struct SampleCall<'a> {
     pub raw: &'a Buffer,
     /// f32 `[count][vocab]`: what to draw from.
     pub adjusted: &'a Buffer,
+    /// What [`Logits`] says of the raw ones.
+    pub peaks: Option<&'a Buffer>,
     /// Rows.
     pub count: usize,
     /// Tokens of the vocabulary.

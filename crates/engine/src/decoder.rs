@@ -214,19 +214,19 @@ impl Decoder {
         Some(&a.added)
     }
 
-    /// Logits of `count` of the last run's rows, named by `rows`, into `to`; `gathered` and `normed` are T
-    /// `[count][hidden]`.
+    /// Logits of `count` of the last run's rows, named by `rows`, and their peaks, into `to`; `gathered` and `normed` are
+    /// T `[count][hidden]`.
     pub(crate) fn logits(
         &self,
         stream: &mut dyn Stream,
         rows: &Buffer,
         count: usize,
         [gathered, normed]: [&Buffer; 2],
-        to: &Buffer,
+        [to, peaks]: [&Buffer; 2],
     ) {
         stream.gather_rows(&self.activations.hidden, rows, count, self.hidden(), gathered);
         norm(stream, &self.weights.final_norm, gathered, None, count, normed);
-        stream.logits(Logits { x: normed, count, weight: &self.weights.head, to });
+        stream.logits(Logits { x: normed, count, weight: &self.weights.head, to, peaks: Some(peaks) });
     }
 }
 

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use tandem_batching::{Outcome, Plan, Row, RowOutcome, Score};
 use tandem_device::{
-    Buffer, Device, Download, Element, Error, HEAD_WIDTH_MAX, KvPages, Penalties, SampleCall, Stream,
+    Buffer, Device, Download, Element, Error, HEAD_WIDTH_MAX, KvPages, Logits, Penalties, SampleCall, Stream,
 };
 use tandem_memory::Region;
 use tandem_models::{AttentionSpec, Checkpoint, KvGroup};
@@ -92,6 +92,7 @@ struct DrawBuffers {
     gathered: Buffer,
     normed: Buffer,
     raw: Buffer,
+    peaks: Buffer,
     adjusted: Buffer,
     drawn: Buffer,
 }
@@ -239,7 +240,7 @@ impl DecoderEngine {
         self.make_room(count)?;
         let (buffers, stream) = (&self.draws, &mut *self.stream);
         let between = [&buffers.gathered, &buffers.normed];
-        self.decoder.logits(stream, &step.draw_rows, count, between, &buffers.raw);
+        self.decoder.logits(stream, &step.draw_rows, count, between, [&buffers.raw, &buffers.peaks]);
         let adjusted = if step.adjusts { &buffers.adjusted } else { &buffers.raw };
         if step.adjusts {
             stream.penalties(Penalties {
@@ -255,6 +256,7 @@ impl DecoderEngine {
         stream.sample(SampleCall {
             raw: &buffers.raw,
             adjusted,
+            peaks: Some(&buffers.peaks),
             count,
             vocab,
             rows: &step.sampling,
@@ -301,7 +303,13 @@ impl DecoderEngine {
         self.stream.upload(&rows, &bytes);
         let (buffers, vocab) = (&self.draws, self.decoder.vocab());
         let between = [&buffers.gathered, &buffers.normed];
-        self.decoder.logits(&mut *self.stream, &rows, count as usize, between, &buffers.raw);
+        self.decoder.logits(
+            &mut *self.stream,
+            &rows,
+            count as usize,
+            between,
+            [&buffers.raw, &buffers.peaks],
+        );
         let bytes = self.stream.download(&buffers.raw.part(0..count as usize * vocab)).take()?;
         let values: Vec<f32> =
             bytes.as_chunks::<4>().0.iter().map(|bytes| f32::from_ne_bytes(*bytes)).collect();
@@ -409,6 +417,7 @@ impl DrawBuffers {
             gathered: device.allocate(element, rows * hidden)?,
             normed: device.allocate(element, rows * hidden)?,
             raw: device.allocate(Element::F32, rows * vocab)?,
+            peaks: device.allocate(Element::F32, rows * vocab.div_ceil(Logits::PEAK))?,
             adjusted: device.allocate(Element::F32, rows * vocab)?,
             drawn: device.allocate(Element::U32, rows * SampleCall::WORDS)?,
         })

@@ -6,8 +6,8 @@
 
 use tandem_batching::{Plan, Score};
 use tandem_device::{
-    Buffer, Device, Download, Edits, Element, Error, Penalties, SampleCall, SampleRow, SamplingFlags, Stream,
-    TOP_LOGPROBS_MAX,
+    Buffer, Device, Download, Edits, Element, Error, Logits, Penalties, SampleCall, SampleRow, SamplingFlags,
+    Stream, TOP_LOGPROBS_MAX,
 };
 use tandem_types::Sampled;
 
@@ -112,6 +112,7 @@ struct Block {
     gathered: Buffer,
     normed: Buffer,
     raw: Buffer,
+    peaks: Buffer,
     forced: Buffer,
     /// Where a draw notes its token for the next step; nothing comes after a target.
     previous: Buffer,
@@ -146,7 +147,7 @@ impl Scorer {
             let part = |buffer: &Buffer, width: usize| buffer.part(begin * width..(begin + count) * width);
             let sampling = part(&targets.sampling, SampleRow::WORDS);
             let between = [&block.gathered, &block.normed];
-            decoder.logits(stream, &part(&targets.rows, 1), count, between, &block.raw);
+            decoder.logits(stream, &part(&targets.rows, 1), count, between, [&block.raw, &block.peaks]);
             stream.penalties(Penalties {
                 raw: &block.raw,
                 count,
@@ -163,6 +164,7 @@ impl Scorer {
             stream.sample(SampleCall {
                 raw: &block.raw,
                 adjusted: &block.forced,
+                peaks: Some(&block.peaks),
                 count,
                 vocab,
                 rows: &sampling,
@@ -188,6 +190,7 @@ impl Block {
             gathered: device.allocate(element, rows * hidden)?,
             normed: device.allocate(element, rows * hidden)?,
             raw: device.allocate(Element::F32, rows * vocab)?,
+            peaks: device.allocate(Element::F32, rows * vocab.div_ceil(Logits::PEAK))?,
             forced: device.allocate(Element::F32, rows * vocab)?,
             previous: device.allocate(Element::U32, rows)?,
         })

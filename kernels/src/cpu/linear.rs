@@ -8,7 +8,7 @@ use tandem_device::{Epilogue, Linear};
 use super::factor::Factor;
 use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
-use crate::math;
+use crate::math::{self, LANES};
 use crate::memory::Shared;
 use crate::scalar::Scalar;
 
@@ -53,10 +53,10 @@ pub(super) struct Numbers<'a, F: Form> {
     pub(super) panels: Shared<F::Stored>,
 }
 
-/// Where results go: stored as activations, or as logits in float32.
+/// Where results go: stored as activations, or as logits in float32, with the peak of every panel's.
 pub(super) enum Output<T> {
     Stored(Shared<T>),
-    Logits(Shared<f32>),
+    Logits(Shared<f32>, Option<Shared<f32>>),
 }
 
 kernel!(
@@ -167,8 +167,15 @@ fn finish<F: Factor>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &m
         }
         let begin = (first_row + r) * outputs + first;
         match &job.to {
-            // SAFETY: this part alone writes the columns of its panels.
-            Output::Logits(to) => store(sums, unsafe { to.part(begin, width) }),
+            Output::Logits(to, peaks) => {
+                // SAFETY: this part alone writes the columns of its panels.
+                store(sums, unsafe { to.part(begin, width) });
+                if let Some(peaks) = peaks {
+                    // SAFETY: as above; a panel has one peak.
+                    let to = unsafe { peaks.part((first_row + r) * outputs.div_ceil(PANEL) + at, 1) };
+                    to[0] = peak(&sums[..width]);
+                }
+            }
             Output::Stored(to) => {
                 // SAFETY: as above.
                 let to = unsafe { to.part(begin, width) };
@@ -179,6 +186,22 @@ fn finish<F: Factor>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &m
             }
         }
     }
+}
+
+/// The highest of these logits, NaN if one is not finite.
+#[inline(always)]
+fn peak(logits: &[f32]) -> f32 {
+    let finite = logits.iter().fold(true, |all, logit| all & logit.is_finite());
+    let mut highs = [f32::NEG_INFINITY; LANES];
+    let chunks = logits.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            highs[i] = if chunk[i] > highs[i] { chunk[i] } else { highs[i] };
+        }
+    }
+    let highest = highs.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
+    if finite { highest } else { f32::NAN }
 }
 
 /// Adds up to 32 values. Whole panels go by arrays, whose loops have no remainder.

@@ -445,12 +445,16 @@ impl Stream for CpuStream {
         expect(call.adjusted, count * vocab);
         expect(call.rows, count * SampleRow::WORDS);
         expect(call.to, count * SampleCall::WORDS);
+        if let Some(peaks) = call.peaks {
+            expect(peaks, count * vocab.div_ceil(Logits::PEAK));
+        }
         let isa = self.cpu.isa;
         // SAFETY: as in `embed_as`.
         let job = unsafe {
             sample::Sample {
                 raw: slice(call.raw),
                 adjusted: slice(call.adjusted),
+                peaks: call.peaks.map(|peaks| slice(peaks)),
                 count,
                 vocab,
                 rows: slice(call.rows),

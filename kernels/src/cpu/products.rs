@@ -57,8 +57,7 @@ impl CpuStream {
     }
 
     pub(super) fn logits_as<F: Form>(&mut self, call: Logits<'_>) {
-        expect(call.to, call.count * call.weight.outputs);
-        let to = linear::Output::<F::Stored>::Logits(Shared::of(call.to));
+        let to = logits::<F::Stored>(&call);
         self.numbers::<F>(call.x, call.count, call.weight, None, Epilogue::None, to);
     }
 
@@ -90,8 +89,7 @@ impl CpuStream {
     }
 
     pub(super) fn logits_int8<T: Scalar>(&mut self, call: Logits<'_>) {
-        expect(call.to, call.count * call.weight.outputs);
-        let to = linear::Output::<T>::Logits(Shared::of(call.to));
+        let to = logits::<T>(&call);
         self.int8::<T>(call.x, call.count, call.weight, None, Epilogue::None, to);
     }
 
@@ -198,3 +196,15 @@ fn stored<T: Scalar>(call: &LinearCall<'_>) -> linear::Output<T> {
     expect(call.to, call.count * call.weight.outputs / halves);
     linear::Output::Stored(Shared::of(call.to))
 }
+
+/// Where a call's logits go.
+fn logits<T: Scalar>(call: &Logits<'_>) -> linear::Output<T> {
+    expect(call.to, call.count * call.weight.outputs);
+    if let Some(peaks) = call.peaks {
+        expect(peaks, call.count * call.weight.outputs.div_ceil(Logits::PEAK));
+    }
+    linear::Output::Logits(Shared::of(call.to), call.peaks.map(Shared::of))
+}
+
+/// A panel's logits have one peak.
+const _: () = assert!(Logits::PEAK == super::form::PANEL);

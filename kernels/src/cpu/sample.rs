@@ -3,7 +3,7 @@
 //! Sums over the vocabulary run in fixed chunks of [`CHUNK`] tokens in the order of ids, so that the work can
 //! later be shared out, or fused with the product before it, without changing a bit.
 
-use tandem_device::{SampleCall, SampleRow, TOP_LOGPROBS_MAX};
+use tandem_device::{Logits, SampleCall, SampleRow, TOP_LOGPROBS_MAX};
 
 use super::isa::kernel;
 use crate::math::{self, LANES};
@@ -79,6 +79,8 @@ fn penalties_body(job: &Penalties<'_>, part: usize, parts: usize) {
 pub(super) struct Sample<'a> {
     pub(super) raw: &'a [f32],
     pub(super) adjusted: &'a [f32],
+    /// See [`Logits::peaks`]; of the raw logits.
+    pub(super) peaks: Option<&'a [f32]>,
     pub(super) count: usize,
     pub(super) vocab: usize,
     pub(super) rows: &'a [u32],
@@ -99,18 +101,23 @@ fn sample_body(job: &Sample<'_>, part: usize, parts: usize) {
         let sampling = SampleRow::from_words(&job.rows[row * SampleRow::WORDS..(row + 1) * SampleRow::WORDS]);
         let raw = &job.raw[row * vocab..(row + 1) * vocab];
         let adjusted = &job.adjusted[row * vocab..(row + 1) * vocab];
+        let count = vocab.div_ceil(Logits::PEAK);
+        let peaks = job.peaks.map(|peaks| &peaks[row * count..(row + 1) * count]);
         // SAFETY: each row belongs to one part.
         let to = unsafe { job.to.part(row * SampleCall::WORDS, SampleCall::WORDS) };
         to.fill(0);
-        let best = best(adjusted);
-        if !all_finite(raw) || !all_below_infinity(adjusted) || adjusted[best] == f32::NEG_INFINITY {
+        // Where nothing was adjusted, what is true of the raw logits is all there is to know.
+        let plain = std::ptr::eq(raw, adjusted);
+        let best = if plain { highest(raw, peaks) } else { best(adjusted) };
+        let finite = peaks.map_or_else(|| all_finite(raw), all_finite);
+        if !finite || !plain && !all_below_infinity(adjusted) || adjusted[best] == f32::NEG_INFINITY {
             to[0] = SampleCall::NOT_FINITE;
             continue;
         }
         let token = if sampling.temperature > 0.0 { draw(adjusted, best, &sampling) } else { best };
         to[0] = SampleCall::DRAWN;
         to[1] = token as u32;
-        report(raw, token, &sampling, to);
+        report(raw, peaks, token, &sampling, to);
         // SAFETY: a slot is sampled by at most one row of a step.
         unsafe { job.previous.part(sampling.slot as usize, 1)[0] = token as u32 };
         if let (true, Some(counts)) = (sampling.flags.tallied, &job.counts) {
@@ -145,6 +152,14 @@ fn best(logits: &[f32]) -> usize {
     }
     let all = highest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
     logits.iter().position(|value| *value == all).unwrap_or(0)
+}
+
+/// [`best`], by way of the peaks where there are some.
+#[inline(always)]
+fn highest(logits: &[f32], peaks: Option<&[f32]>) -> usize {
+    let Some(peaks) = peaks else { return best(logits) };
+    let first = best(peaks) * Logits::PEAK;
+    first + best(&logits[first..logits.len().min(first + Logits::PEAK)])
 }
 
 /// Sum of e^(logit / temperature - highest) over one chunk.
@@ -272,25 +287,32 @@ fn reaching(weights: &[f32], needed: f64) -> Option<usize> {
 
 /// Log probabilities of the raw logits, into a row of the result.
 #[inline(always)]
-fn report(raw: &[f32], token: usize, sampling: &SampleRow, to: &mut [u32]) {
+fn report(raw: &[f32], peaks: Option<&[f32]>, token: usize, sampling: &SampleRow, to: &mut [u32]) {
     let top = usize::from(sampling.flags.top).min(TOP_LOGPROBS_MAX).min(raw.len());
     if !sampling.flags.logprob && top == 0 {
         return;
     }
-    let highest = raw[best(raw)];
+    let highest = raw[highest(raw, peaks)];
     let sum: f64 = raw.chunks(CHUNK).map(|chunk| chunk_sum(chunk, 1.0, highest)).sum();
     let offset = sum.ln();
     let logprob = |token: usize| (f64::from(raw[token]) - f64::from(highest) - offset) as f32;
     to[2] = logprob(token).to_bits();
     // Insertion into a short list that stays sorted; ids rise, so equals stay in the order of ids.
     let mut list: Vec<usize> = Vec::with_capacity(top + 1);
-    for id in 0..raw.len() {
-        if list.len() == top && list.last().is_none_or(|last| raw[id] <= raw[*last]) {
+    let full = |list: &[usize]| list.len() == top;
+    for (chunk, logits) in raw.chunks(Logits::PEAK).enumerate() {
+        let below = |last: &usize| peaks.is_some_and(|peaks| peaks[chunk] <= raw[*last]);
+        if full(&list) && list.last().is_none_or(below) {
             continue;
         }
-        let at = list.partition_point(|other| raw[*other] >= raw[id]);
-        list.insert(at, id);
-        list.truncate(top);
+        for id in (chunk * Logits::PEAK..).take(logits.len()) {
+            if full(&list) && list.last().is_none_or(|last| raw[id] <= raw[*last]) {
+                continue;
+            }
+            let at = list.partition_point(|other| raw[*other] >= raw[id]);
+            list.insert(at, id);
+            list.truncate(top);
+        }
     }
     for (at, id) in list.into_iter().enumerate() {
         to[3 + 2 * at] = id as u32;
