@@ -469,9 +469,8 @@ fn tile<F: Form>(
     let used = blocks * PANEL;
     for (at, panel) in room.keys.chunks_exact(panel_len::<F::Stored>(width)).take(blocks).enumerate() {
         let sums = &mut sums[..rows];
-        sums.fill([0.0; PANEL]);
         // SAFETY: a form is used with its instruction set; `tile` checks the rest.
-        unsafe { F::tile(x, width, width, panel, Ahead::NONE, sums) };
+        unsafe { F::tile(x, width, width, panel, Ahead::NONE, true, sums) };
         for (r, sums) in sums.iter().enumerate() {
             let scores = &mut room.scores[r * SPAN + at * PANEL..][..PANEL];
             for j in 0..PANEL {
@@ -489,17 +488,15 @@ fn tile<F: Form>(
     // Tokens that a query does not see weigh exactly nothing.
     for (at, panel) in room.values.chunks_exact(panel_len::<F::Stored>(SPAN)).enumerate() {
         let sums = &mut sums[..rows];
-        sums.fill([0.0; PANEL]);
         // SAFETY: as above.
-        unsafe { F::tile(&room.weights, SPAN, used, panel, Ahead::NONE, sums) };
+        unsafe { F::tile(&room.weights, SPAN, used, panel, Ahead::NONE, true, sums) };
         for r in 0..rows {
             let seen = seen(queries.start + r);
             if (1..used).contains(&seen) && sums[r].iter().any(|sum| !sum.is_finite()) {
                 // Nothing times what is not finite is no number: a later token's values must not be touched.
-                sums[r].fill(0.0);
                 let weights = &room.weights[r * SPAN..];
                 // SAFETY: as above.
-                unsafe { F::tile(weights, SPAN, seen, panel, Ahead::NONE, &mut sums[r..=r]) };
+                unsafe { F::tile(weights, SPAN, seen, panel, Ahead::NONE, true, &mut sums[r..=r]) };
             }
         }
         let lanes = PANEL.min(width - at * PANEL);

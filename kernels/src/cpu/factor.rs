@@ -169,7 +169,7 @@ impl<T: Scalar, const FUSED: bool> Factor for Int4<'_, T, FUSED> {
             for (tile, sums) in sums.chunks_mut(Exact::ROWS).enumerate() {
                 let x = &x[tile * Exact::ROWS * inputs..];
                 // SAFETY: this form needs no instructions of its own; it checks the rest.
-                unsafe { Exact::tile(x, inputs, count, numbers.as_flattened(), Ahead::NONE, sums) };
+                unsafe { Exact::tile(x, inputs, count, numbers.as_flattened(), Ahead::NONE, false, sums) };
             }
         }
     }

@@ -42,8 +42,8 @@ pub(super) trait Form: Send + Sync + 'static {
         widen: impl FnOnce(&[Self::Stored], &mut [f32]),
     ) -> &'a [Self::Input];
 
-    /// Adds the product of `sums.len()` rows, of `inputs` elements and `stride` apart, with a panel, and fetches
-    /// meanwhile what comes next.
+    /// The product of `sums.len()` rows, of `inputs` elements and `stride` apart, with a panel, added to what is in
+    /// `sums` unless it is `fresh`. Fetches meanwhile what comes next.
     ///
     /// # Safety
     /// The machine has the form's instructions; `x` reaches to the end of the last row; the panel holds
@@ -54,6 +54,7 @@ pub(super) trait Form: Send + Sync + 'static {
         inputs: usize,
         panel: &[Self::Stored],
         ahead: Ahead,
+        fresh: bool,
         sums: &mut [[f32; PANEL]],
     );
 
@@ -250,9 +251,13 @@ impl Form for Exact {
         inputs: usize,
         panel: &[f32],
         _: Ahead,
+        fresh: bool,
         sums: &mut [[f32; PANEL]],
     ) {
         check::<Exact>(x, stride, inputs, panel, sums.len());
+        if fresh {
+            sums.fill([0.0; PANEL]);
+        }
         let panel = &panel[..inputs * PANEL];
         if let Ok(sums) = <&mut [_; 4]>::try_from(&mut *sums) {
             return exact(x, stride, panel, sums);
@@ -318,9 +323,13 @@ impl Form for Widened {
         inputs: usize,
         panel: &[Bf16],
         _: Ahead,
+        fresh: bool,
         sums: &mut [[f32; PANEL]],
     ) {
         check::<Widened>(x, stride, inputs, panel, sums.len());
+        if fresh {
+            sums.fill([0.0; PANEL]);
+        }
         let panel = &panel[..panel_len::<Bf16>(inputs)];
         match sums {
             [one] => widened(x, stride, inputs, panel, std::array::from_mut(one)),

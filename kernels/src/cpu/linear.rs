@@ -107,7 +107,6 @@ fn multiply<F: Form>(
     first: usize,
     sums: &mut [[f32; PANEL]],
 ) {
-    sums.fill([0.0; PANEL]);
     let rows = sums.len();
     let at_once = rows <= F::ROWS_AT_ONCE;
     let block = if at_once { inputs } else { INPUTS_BLOCK };
@@ -123,7 +122,7 @@ fn multiply<F: Form>(
             };
             let x = &x[(first + row) * inputs + from..];
             // SAFETY: a form is used with its instruction set; `tile` checks the rest.
-            unsafe { F::tile(x, inputs, count, panel, ahead, &mut sums[row..row + height]) };
+            unsafe { F::tile(x, inputs, count, panel, ahead, from == 0, &mut sums[row..row + height]) };
             row += height;
         }
     }

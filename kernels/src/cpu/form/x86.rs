@@ -41,9 +41,13 @@ impl Form for Fused {
         inputs: usize,
         panel: &[Bf16],
         ahead: Ahead,
+        fresh: bool,
         sums: &mut [[f32; PANEL]],
     ) {
         check::<Fused>(x, stride, inputs, panel, sums.len());
+        if fresh {
+            sums.fill([0.0; PANEL]);
+        }
         let halves = ahead.in_two();
         // SAFETY: the caller has the instructions; bounds were just checked.
         unsafe {
@@ -255,26 +259,27 @@ impl Form for Paired {
         inputs: usize,
         panel: &[Bf16],
         ahead: Ahead,
+        fresh: bool,
         sums: &mut [[f32; PANEL]],
     ) {
         check::<Paired>(x, stride, inputs, panel, sums.len());
         // SAFETY: the caller has the instructions; bounds were just checked.
         unsafe {
             match sums.len() {
-                1 => paired::<1>(x, stride, inputs, panel, ahead, sums),
-                2 => paired::<2>(x, stride, inputs, panel, ahead, sums),
-                3 => paired::<3>(x, stride, inputs, panel, ahead, sums),
-                4 => paired::<4>(x, stride, inputs, panel, ahead, sums),
-                5 => paired::<5>(x, stride, inputs, panel, ahead, sums),
-                6 => paired::<6>(x, stride, inputs, panel, ahead, sums),
-                7 => paired::<7>(x, stride, inputs, panel, ahead, sums),
-                8 => paired::<8>(x, stride, inputs, panel, ahead, sums),
-                9 => paired::<9>(x, stride, inputs, panel, ahead, sums),
-                10 => paired::<10>(x, stride, inputs, panel, ahead, sums),
-                11 => paired::<11>(x, stride, inputs, panel, ahead, sums),
-                12 => paired::<12>(x, stride, inputs, panel, ahead, sums),
-                13 => paired::<13>(x, stride, inputs, panel, ahead, sums),
-                _ => paired::<14>(x, stride, inputs, panel, ahead, sums),
+                1 => paired::<1>(x, stride, inputs, panel, ahead, fresh, sums),
+                2 => paired::<2>(x, stride, inputs, panel, ahead, fresh, sums),
+                3 => paired::<3>(x, stride, inputs, panel, ahead, fresh, sums),
+                4 => paired::<4>(x, stride, inputs, panel, ahead, fresh, sums),
+                5 => paired::<5>(x, stride, inputs, panel, ahead, fresh, sums),
+                6 => paired::<6>(x, stride, inputs, panel, ahead, fresh, sums),
+                7 => paired::<7>(x, stride, inputs, panel, ahead, fresh, sums),
+                8 => paired::<8>(x, stride, inputs, panel, ahead, fresh, sums),
+                9 => paired::<9>(x, stride, inputs, panel, ahead, fresh, sums),
+                10 => paired::<10>(x, stride, inputs, panel, ahead, fresh, sums),
+                11 => paired::<11>(x, stride, inputs, panel, ahead, fresh, sums),
+                12 => paired::<12>(x, stride, inputs, panel, ahead, fresh, sums),
+                13 => paired::<13>(x, stride, inputs, panel, ahead, fresh, sums),
+                _ => paired::<14>(x, stride, inputs, panel, ahead, fresh, sums),
             }
         }
     }
@@ -351,13 +356,17 @@ unsafe fn paired<const R: usize>(
     inputs: usize,
     panel: &[Bf16],
     ahead: Ahead,
+    fresh: bool,
     sums: &mut [[f32; PANEL]],
 ) {
     let x = x.as_ptr();
-    let mut now: [[__m512; 2]; R] = std::array::from_fn(|r| {
-        // SAFETY: rows of `sums` have 32 elements.
-        std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums[r].as_ptr().add(16 * v)) })
-    });
+    let mut now = [[_mm512_setzero_ps(); 2]; R];
+    if !fresh {
+        now = std::array::from_fn(|r| {
+            // SAFETY: rows of `sums` have 32 elements.
+            std::array::from_fn(|v| unsafe { _mm512_loadu_ps(sums[r].as_ptr().add(16 * v)) })
+        });
+    }
     let mut weights = panel.as_ptr();
     let mut ahead = ahead.over(inputs / 2);
     for pair in 0..inputs / 2 {
