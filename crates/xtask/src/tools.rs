@@ -47,11 +47,15 @@ const SCHEMATHESIS: Environment = Environment {
 };
 
 /// What `bench engine` is compared with. Built from source, for this machine's instructions; images and HTTPS are left
-/// out, everything else is as its authors set it.
+/// out, everything else is as its authors set it. Without pip's cache, which keeps what was built on another machine.
 const LLAMA: Environment = Environment {
     folder: "venv-llama",
-    packages: &["--no-binary=llama-cpp-python", "llama-cpp-python==0.3.36"],
-    variables: &[("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF")],
+    packages: &["llama-cpp-python==0.3.36"],
+    variables: &[
+        ("PIP_NO_BINARY", "llama-cpp-python"),
+        ("PIP_NO_CACHE_DIR", "1"),
+        ("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"),
+    ],
     check: "import sys, llama_cpp; sys.exit(llama_cpp.__version__ != '0.3.36')",
 };
 

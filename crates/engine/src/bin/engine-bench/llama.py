@@ -1,4 +1,3 @@
-import ctypes
 import re
 import sys
 import time
@@ -19,7 +18,6 @@ class Model:
         if not self.model:
             raise RuntimeError(f"it does not load {path}")
         self.threads = threads
-        self.prompts = {}
 
     def context(self, sequences, tokens):
         return Context(self.model, self.threads, sequences, tokens)
@@ -65,12 +63,8 @@ class Model:
         return took
 
     def fill(self, context, sequences, tokens):
-        # The prompt is computed once for each length; every sequence has a copy of its own.
-        if tokens in self.prompts:
-            context.restore(self.prompts[tokens])
-        else:
-            context.decode(context.batch([(0, at, token(at)) for at in range(tokens)], [tokens - 1]))
-            self.prompts[tokens] = context.saved()
+        # The prompt is computed once; every sequence has a copy of its own.
+        context.decode(context.batch([(0, at, token(at)) for at in range(tokens)], [tokens - 1]))
         for sequence in range(1, sequences):
             lib.llama_memory_seq_cp(context.memory, 0, sequence, -1, -1)
 
@@ -109,17 +103,6 @@ class Context:
 
     def logits(self, row, vocab):
         return lib.llama_get_logits_ith(self.context, row)[:vocab]
-
-    def saved(self):
-        size = lib.llama_state_seq_get_size(self.context, 0)
-        state = (ctypes.c_uint8 * size)()
-        if lib.llama_state_seq_get_data(self.context, state, size, 0) != size:
-            raise RuntimeError("it does not give its state")
-        return state
-
-    def restore(self, state):
-        if lib.llama_state_seq_set_data(self.context, state, len(state), 0) == 0:
-            raise RuntimeError("it does not take its state")
 
     def free(self):
         for batch in self.batches:
