@@ -1,8 +1,9 @@
 //! `cargo xtask bench NAME`: builds a bench in release and runs it.
 
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use crate::workspace;
+use crate::{tools, workspace};
 
 struct Bench {
     name: &'static str,
@@ -16,6 +17,15 @@ struct Part {
     /// What cargo builds for it.
     build: &'static [&'static str],
     program: &'static str,
+    peer: Option<Peer>,
+}
+
+/// Something to be compared with, when it is asked for.
+struct Peer {
+    /// What asks for it. The program is given its path as well, or `--OPTION-missing` and why there is none.
+    option: &'static str,
+    /// Makes it ready among the build outputs.
+    prepare: fn(&Path) -> Result<PathBuf, String>,
 }
 
 const BENCHES: &[Bench] = &[
@@ -28,6 +38,7 @@ const BENCHES: &[Bench] = &[
                 name: "transports",
                 build: &["--package=tandem-kv-transfer", "--bin=transfer-bench", "--features=bench"],
                 program: "transfer-bench",
+                peer: None,
             },
             Part {
                 name: "exposed",
@@ -38,6 +49,7 @@ const BENCHES: &[Bench] = &[
                     "--bin=tandem",
                 ],
                 program: "exposed-transfer",
+                peer: None,
             },
         ],
     },
@@ -45,12 +57,14 @@ const BENCHES: &[Bench] = &[
         name: "engine",
         what: "tokens per second of the engine on a random checkpoint of Qwen3-0.6B's shape, and what share of\n           \
                the machine's limits that is (--threads N, --rounds N, --only TEXT, --quantization FORM, --plot FILE, --quick);\n           \
+               with --llama beside llama.cpp on the same weights, which is built first (minutes, once);\n           \
                with --load how long loading takes, with --neighbours what busy neighbours leave of the speed, with\n           \
                --quality DIR what quantised weights cost that checkpoint in quality",
         parts: &[Part {
             name: "speed",
             build: &["--package=tandem-engine", "--bin=engine-bench", "--features=tandem-engine/bench"],
             program: "engine-bench",
+            peer: Some(Peer { option: "--llama", prepare: tools::llama }),
         }],
     },
     Bench {
@@ -66,6 +80,7 @@ const BENCHES: &[Bench] = &[
                 "--bin=tandem",
             ],
             program: "roles-goodput",
+            peer: None,
         }],
     },
     Bench {
@@ -81,6 +96,7 @@ const BENCHES: &[Bench] = &[
                 "--bin=tandem",
             ],
             program: "gateway-cost",
+            peer: None,
         }],
     },
     Bench {
@@ -96,6 +112,7 @@ const BENCHES: &[Bench] = &[
                 "--bin=tandem",
             ],
             program: "overload",
+            peer: None,
         }],
     },
 ];
@@ -123,7 +140,7 @@ pub fn bench(arguments: &[String]) -> Result<(), String> {
     for part in parts {
         let program = target.join("release").join(part.program);
         let status = Command::new(&program)
-            .args(&rest)
+            .args(with_peer(part, &rest, &target))
             .status()
             .map_err(|error| format!("cannot start {}: {error}", program.display()))?;
         if !status.success() {
@@ -131,6 +148,18 @@ pub fn bench(arguments: &[String]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// A part's arguments, with the peer that they ask for. A peer that cannot be had is no failure.
+fn with_peer(part: &Part, arguments: &[String], target: &Path) -> Vec<String> {
+    let words = arguments.iter().flat_map(|word| match &part.peer {
+        Some(peer) if word == peer.option => match (peer.prepare)(target) {
+            Ok(path) => vec![word.clone(), path.to_string_lossy().into_owned()],
+            Err(why) => vec![format!("{word}-missing"), why],
+        },
+        _ => vec![word.clone()],
+    });
+    words.collect()
 }
 
 /// The parts to run, and what they are given.
@@ -174,6 +203,19 @@ mod tests {
         assert!(chosen_by("speed").unwrap_err().contains("no bench `speed`: it is one of transfer"));
         assert!(chosen_by("transfer --part x").unwrap_err().contains("transports, exposed"));
         assert!(chosen_by("transfer --json out").unwrap_err().contains("--part"));
+    }
+
+    #[test]
+    fn a_peer_is_given_with_its_path_or_with_why_it_is_missing() {
+        let with = |prepare, line: &str| {
+            let peer = Some(Peer { option: "--llama", prepare });
+            let part = Part { name: "speed", build: &[], program: "engine-bench", peer };
+            let words: Vec<String> = line.split_whitespace().map(str::to_owned).collect();
+            with_peer(&part, &words, Path::new("/t")).join("|")
+        };
+        assert_eq!(with(|target| Ok(target.join("python")), "--llama --quick"), "--llama|/t/python|--quick");
+        assert_eq!(with(|_| Err("no compiler".to_owned()), "--llama"), "--llama-missing|no compiler");
+        assert_eq!(with(|_| Err("not asked".to_owned()), "--quick"), "--quick");
     }
 
     #[test]

