@@ -151,14 +151,9 @@ impl Ahead {
     /// Has the machine find keys and values in its page tables.
     #[inline(always)]
     pub(super) fn find<T>((keys, values): (&[T], &[T])) {
-        #[cfg(target_arch = "x86_64")]
         for rows in [keys, values] {
             for at in (0..size_of_val(rows)).step_by(PAGE) {
-                let first = rows.as_ptr().cast::<i8>().wrapping_add(at);
-                // SAFETY: every x86-64 has the instruction, and it reads nothing.
-                unsafe {
-                    std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(first);
-                }
+                prefetch(rows.as_ptr().cast::<u8>().wrapping_add(at));
             }
         }
     }
@@ -196,14 +191,22 @@ impl Ahead {
         self.credit += self.lines;
         while self.credit >= self.turns {
             self.credit -= self.turns;
-            // A hint: an address that is not mapped does nothing.
-            // SAFETY: every x86-64 has the instruction, and it reads nothing.
-            unsafe {
-                std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(self.next.cast());
-            }
+            prefetch(self.next);
             self.next = self.next.wrapping_add(LINE);
         }
     }
+}
+
+/// Has a cache line fetched. A hint: an address that is not mapped does nothing.
+#[inline(always)]
+fn prefetch(line: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: every x86-64 has the instruction, and it reads nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(line.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
 }
 
 /// Inputs that lie together in a panel of `T`.
