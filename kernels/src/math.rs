@@ -56,6 +56,26 @@ pub(crate) fn fold(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
+/// The highest value; negative infinity if there is none. NaN counts for nothing.
+#[inline(always)]
+pub(crate) fn highest(values: &[f32]) -> f32 {
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let chunks = values.chunks_exact(LANES);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for i in 0..LANES {
+            lanes[i] = if chunk[i] > lanes[i] { chunk[i] } else { lanes[i] };
+        }
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a })
+}
+
+/// Without a branch per element, so that it vectorises.
+#[inline(always)]
+pub(crate) fn all_finite(values: &[f32]) -> bool {
+    values.iter().fold(true, |all, value| all & value.is_finite())
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -87,5 +107,20 @@ mod tests {
     fn fold_adds_every_lane_once() {
         let lanes: [f32; LANES] = std::array::from_fn(|i| (1 << i) as f32);
         assert_eq!(fold(lanes), 65535.0);
+    }
+
+    #[test]
+    fn the_highest_is_found_wherever_it_stands() {
+        for count in [1, LANES - 1, LANES, 2 * LANES + 3] {
+            for at in 0..count {
+                let mut values = vec![f32::NEG_INFINITY; count];
+                values[at] = -2.0;
+                values[(at + 1) % count] = if count > 1 { f32::NAN } else { -2.0 };
+                assert_eq!(highest(&values), -2.0, "{at} of {count}");
+                assert!(!all_finite(&values) || count == 1);
+            }
+        }
+        assert_eq!(highest(&[]), f32::NEG_INFINITY);
+        assert!(all_finite(&[0.0; 40]));
     }
 }

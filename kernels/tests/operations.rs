@@ -410,44 +410,55 @@ fn a_row_of_few_queries_has_the_bits_that_it_has_in_a_prompt() {
 #[test]
 fn what_is_not_finite_in_a_token_is_seen_from_that_token_on_and_not_before() {
     const HEADS: usize = 2;
-    const WIDTH: usize = 40;
     const LENGTH: usize = 50;
     const BAD: usize = 37;
-    let run = |bench: &mut Bench, element: Element, bad: Option<f32>| {
-        let cache = Cache::new(bench, element, HEADS, WIDTH, &[LENGTH], 5);
+    // All rows of a prompt at once, or each of them alone.
+    let run = |bench: &mut Bench, element: Element, width: usize, alone: bool, bad: Option<f32>| {
+        let cache = Cache::new(bench, element, HEADS, width, &[LENGTH], 5);
         // Its table names pages in order; the token is in the second.
         for head in (0..HEADS).filter(|_| bad.is_some()) {
             let rows = ((cache.pages.layers + 1) * HEADS + head) * 64 + 32 + BAD % 32;
-            let row = cache.pages.memory.part(rows * WIDTH..(rows + 1) * WIDTH);
-            let values = bench.numbers(element, &[bad.unwrap_or_default(); WIDTH]);
+            let row = cache.pages.memory.part(rows * width..(rows + 1) * width);
+            let values = bench.numbers(element, &vec![bad.unwrap_or_default(); width]);
             bench.stream.copy(&values, &row);
         }
-        let positions: Vec<u32> = (0..LENGTH as u32).collect();
-        let (positions, sequences) = (bench.words(&positions), bench.words(&[0; LENGTH]));
-        let queries = bench.numbers(element, &random(6, LENGTH * HEADS * WIDTH));
-        let to = bench.numbers(element, &vec![0.0; LENGTH * HEADS * WIDTH]);
-        bench.stream.attention(Attention {
-            queries: &queries,
-            rows: StepRows { count: LENGTH, positions: &positions, sequences: &sequences },
-            heads: HEADS,
-            scale: 0.2,
-            sequences: cache.sequences(),
-            kv: KvLayer { pages: &cache.pages, layer: 1 },
-            to: &to,
-        });
-        bench.read(&to)
+        let queries = random(6, LENGTH * HEADS * width);
+        let count = if alone { 1 } else { LENGTH };
+        let mut all = Vec::new();
+        for first in (0..LENGTH).step_by(count) {
+            let positions: Vec<u32> = (first as u32..).take(count).collect();
+            let (positions, sequences) = (bench.words(&positions), bench.words(&vec![0; count]));
+            let queries = &queries[first * HEADS * width..][..count * HEADS * width];
+            let (queries, to) =
+                (bench.numbers(element, queries), bench.numbers(element, &vec![0.0; queries.len()]));
+            bench.stream.attention(Attention {
+                queries: &queries,
+                rows: StepRows { count, positions: &positions, sequences: &sequences },
+                heads: HEADS,
+                scale: 0.2,
+                sequences: cache.sequences(),
+                kv: KvLayer { pages: &cache.pages, layer: 1 },
+                to: &to,
+            });
+            all.extend(bench.read(&to));
+        }
+        all
     };
     for element in [Element::F32, Element::Bf16] {
-        for bad in [f32::NAN, f32::INFINITY] {
-            bench::each(|bench| {
-                let (good, got) = (run(bench, element, None), run(bench, element, Some(bad)));
-                let (before, after) = got.split_at(BAD * HEADS * WIDTH);
-                assert!(good[..before.len()] == *before, "{bad} {element:?}: an earlier token sees it");
-                assert!(
-                    after.iter().all(|value| !value.is_finite()),
-                    "{bad} {element:?}: a later one does not"
-                );
-            });
+        // The second width is one whose rows need no panels where they are alone.
+        for (width, alone) in [(40, false), (64, false), (64, true)] {
+            for bad in [f32::NAN, f32::INFINITY] {
+                bench::each(|bench| {
+                    let good = run(bench, element, width, alone, None);
+                    let got = run(bench, element, width, alone, Some(bad));
+                    let (before, after) = got.split_at(BAD * HEADS * width);
+                    assert!(good[..before.len()] == *before, "{bad} {element:?}: an earlier token sees it");
+                    assert!(
+                        after.iter().all(|value| !value.is_finite()),
+                        "{bad} {element:?}: a later one does not"
+                    );
+                });
+            }
         }
     }
 }

@@ -515,13 +515,7 @@ const ROWS_MAX: usize = 14;
 #[inline(always)]
 fn soften<F: Form>(scores: &mut [f32], seen: usize, weights: &mut [F::Input]) -> (f32, f32) {
     scores[seen..].fill(f32::NEG_INFINITY);
-    let mut highs = [f32::NEG_INFINITY; LANES];
-    for chunk in scores.chunks_exact(LANES) {
-        for i in 0..LANES {
-            highs[i] = if chunk[i] > highs[i] { chunk[i] } else { highs[i] };
-        }
-    }
-    let highest = highs.iter().fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
+    let highest = math::highest(scores);
     let mut lanes = [0.0; LANES];
     for (scores, weights) in scores.chunks_exact(LANES).zip(weights.chunks_exact_mut(LANES)) {
         for i in 0..LANES {

@@ -8,7 +8,7 @@ use tandem_device::{Epilogue, Linear};
 use super::factor::Factor;
 use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
-use crate::math::{self, LANES};
+use crate::math;
 use crate::memory::Shared;
 use crate::scalar::Scalar;
 
@@ -190,17 +190,7 @@ fn finish<F: Factor>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &m
 /// The highest of these logits, NaN if one is not finite.
 #[inline(always)]
 fn peak(logits: &[f32]) -> f32 {
-    let finite = logits.iter().fold(true, |all, logit| all & logit.is_finite());
-    let mut highs = [f32::NEG_INFINITY; LANES];
-    let chunks = logits.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for i in 0..LANES {
-            highs[i] = if chunk[i] > highs[i] { chunk[i] } else { highs[i] };
-        }
-    }
-    let highest = highs.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
-    if finite { highest } else { f32::NAN }
+    if math::all_finite(logits) { math::highest(logits) } else { f32::NAN }
 }
 
 /// Adds up to 32 values. Whole panels go by arrays, whose loops have no remainder.

@@ -108,8 +108,8 @@ fn sample_body(job: &Sample<'_>, part: usize, parts: usize) {
         to.fill(0);
         // Where nothing was adjusted, what is true of the raw logits is all there is to know.
         let plain = std::ptr::eq(raw, adjusted);
-        let best = if plain { highest(raw, peaks) } else { best(adjusted) };
-        let finite = peaks.map_or_else(|| all_finite(raw), all_finite);
+        let best = if plain { best_by(peaks, raw) } else { best(adjusted) };
+        let finite = math::all_finite(peaks.unwrap_or(raw));
         if !finite || !plain && !all_below_infinity(adjusted) || adjusted[best] == f32::NEG_INFINITY {
             to[0] = SampleCall::NOT_FINITE;
             continue;
@@ -127,12 +127,6 @@ fn sample_body(job: &Sample<'_>, part: usize, parts: usize) {
     }
 }
 
-/// Without a branch per element, so that it vectorises.
-#[inline(always)]
-fn all_finite(logits: &[f32]) -> bool {
-    logits.iter().fold(true, |all, logit| all & logit.is_finite())
-}
-
 /// Forbidden tokens have negative infinity; NaN and infinity fail.
 #[inline(always)]
 fn all_below_infinity(logits: &[f32]) -> bool {
@@ -142,21 +136,13 @@ fn all_below_infinity(logits: &[f32]) -> bool {
 /// The highest logit's id; of equals the lowest.
 #[inline(always)]
 fn best(logits: &[f32]) -> usize {
-    let mut highest = [f32::NEG_INFINITY; LANES];
-    let chunks = logits.chunks_exact(LANES);
-    let rest = chunks.remainder();
-    for chunk in chunks {
-        for i in 0..LANES {
-            highest[i] = if chunk[i] > highest[i] { chunk[i] } else { highest[i] };
-        }
-    }
-    let all = highest.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| if *b > a { *b } else { a });
-    logits.iter().position(|value| *value == all).unwrap_or(0)
+    let highest = math::highest(logits);
+    logits.iter().position(|value| *value == highest).unwrap_or(0)
 }
 
 /// [`best`], by way of the peaks where there are some.
 #[inline(always)]
-fn highest(logits: &[f32], peaks: Option<&[f32]>) -> usize {
+fn best_by(peaks: Option<&[f32]>, logits: &[f32]) -> usize {
     let Some(peaks) = peaks else { return best(logits) };
     let first = best(peaks) * Logits::PEAK;
     first + best(&logits[first..logits.len().min(first + Logits::PEAK)])
@@ -292,7 +278,7 @@ fn report(raw: &[f32], peaks: Option<&[f32]>, token: usize, sampling: &SampleRow
     if !sampling.flags.logprob && top == 0 {
         return;
     }
-    let highest = raw[highest(raw, peaks)];
+    let highest = raw[best_by(peaks, raw)];
     let sum: f64 = raw.chunks(CHUNK).map(|chunk| chunk_sum(chunk, 1.0, highest)).sum();
     let offset = sum.ln();
     let logprob = |token: usize| (f64::from(raw[token]) - f64::from(highest) - offset) as f32;

@@ -7,7 +7,7 @@
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::ops::Range;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -149,8 +149,9 @@ fn keep_few(candidates: &mut Vec<Candidate>) {
     candidates.shrink_to_fit();
 }
 
+/// A panic under the lock leaves at most a note less, and a record is put away while its request's panic unwinds.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().expect("nothing panics under this lock")
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Records {
@@ -370,6 +371,22 @@ mod tests {
         assert!(lock(&records.running).is_empty());
         assert_eq!(lock(&records.ended).lengths.len(), 2);
         assert!(records.find("two", &*policy).is_some());
+    }
+
+    #[test]
+    fn a_request_that_panics_leaves_its_record_and_nothing_else() {
+        let records = Arc::new(Records::default());
+        let policy = named("cost").expect("there is such a policy");
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let record = records.begin(&request("broken", 1, 0));
+            record.note(Note::decode(candidates(1), Some(0)));
+            let _told = lock(&record.told);
+            panic!("as a request may");
+        }));
+        assert!(panicked.is_err());
+        assert!(lock(&records.running).is_empty());
+        let found = records.find("broken", &*policy).expect("it was put away");
+        assert_eq!((found["end"].is_null(), found["events"].as_array().map(Vec::len)), (true, Some(1)));
     }
 
     fn told(name: String) -> Told {
