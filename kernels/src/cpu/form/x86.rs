@@ -1,6 +1,7 @@
 //! bf16 forms in vector instructions. Both read the same panels.
 
-mod few;
+mod few_fused;
+mod few_paired;
 
 use std::arch::x86_64::*;
 
@@ -81,6 +82,52 @@ impl Form for Fused {
         // SAFETY: the caller has the instructions.
         unsafe { interleave(rows, width, first, ahead, panel) }
     }
+
+    #[inline(always)]
+    fn takes_rows(queries: usize, width: usize) -> bool {
+        (1..=4).contains(&queries) && width.is_multiple_of(32)
+    }
+
+    #[inline(always)]
+    unsafe fn products_of_rows(
+        queries: &[f32],
+        width: usize,
+        rows: &[Bf16],
+        ahead: Ahead,
+        products: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            match queries.len() / width {
+                1 => few_fused::products::<1>(queries, width, rows, ahead, products, stride),
+                2 => few_fused::products::<2>(queries, width, rows, ahead, products, stride),
+                3 => few_fused::products::<3>(queries, width, rows, ahead, products, stride),
+                _ => few_fused::products::<4>(queries, width, rows, ahead, products, stride),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add_weighted_rows(
+        x: &[f32],
+        x_stride: usize,
+        rows: &[Bf16],
+        width: usize,
+        ahead: Ahead,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the caller has the instructions.
+        unsafe {
+            match sums.len().div_ceil(stride) {
+                1 => few_fused::add_weighted::<1, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                2 => few_fused::add_weighted::<2, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                3 => few_fused::add_weighted::<3, 2>(x, x_stride, rows, width, ahead, sums, stride),
+                _ => few_fused::add_weighted::<4, 2>(x, x_stride, rows, width, ahead, sums, stride),
+            }
+        }
+    }
 }
 
 /// `R` rows times the panel's four vectors of 8 outputs, for few rows: what the loop needs fits the 16 registers.
@@ -112,7 +159,7 @@ unsafe fn fused_wide<const R: usize>(
             unsafe {
                 let wide = _mm256_loadu_si256(weights.add(16 * v).cast());
                 let low = _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide));
-                let top = _mm256_castsi256_ps(_mm256_and_si256(wide, high));
+                let top = upper_of(wide, high);
                 for r in 0..R {
                     let values = x.add(r * stride + 2 * pair);
                     now[r][v] = _mm256_fmadd_ps(_mm256_set1_ps(*values), low, now[r][v]);
@@ -179,7 +226,7 @@ unsafe fn fused_half<const R: usize>(
                 now[r][v] = _mm256_fmadd_ps(value, low[v], now[r][v]);
             }
         }
-        let top: [__m256; 2] = std::array::from_fn(|v| _mm256_castsi256_ps(_mm256_and_si256(wide[v], high)));
+        let top: [__m256; 2] = std::array::from_fn(|v| upper_of(wide[v], high));
         for r in 0..R {
             // SAFETY: as above.
             let value = unsafe { _mm256_set1_ps(*x.add(r * stride + 2 * pair + 1)) };
@@ -208,6 +255,13 @@ unsafe fn fused_half<const R: usize>(
             unsafe { _mm256_storeu_ps(sums[r].as_mut_ptr().add(16 * half + 8 * v), now[r][v]) };
         }
     }
+}
+
+/// The second numbers of 8 pairs, `high` being a mask of the higher halves of words.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn upper_of(pairs: __m256i, high: __m256i) -> __m256 {
+    _mm256_castsi256_ps(_mm256_and_si256(pairs, high))
 }
 
 /// Adds to two vectors the products of a word that `$at` points to, spread over all lanes, with two vectors. The
@@ -313,10 +367,10 @@ impl Form for Paired {
         // SAFETY: the caller has the instructions.
         unsafe {
             match queries.len() / width {
-                1 => few::products::<1>(queries, width, rows, ahead, products, stride),
-                2 => few::products::<2>(queries, width, rows, ahead, products, stride),
-                3 => few::products::<3>(queries, width, rows, ahead, products, stride),
-                _ => few::products::<4>(queries, width, rows, ahead, products, stride),
+                1 => few_paired::products::<1>(queries, width, rows, ahead, products, stride),
+                2 => few_paired::products::<2>(queries, width, rows, ahead, products, stride),
+                3 => few_paired::products::<3>(queries, width, rows, ahead, products, stride),
+                _ => few_paired::products::<4>(queries, width, rows, ahead, products, stride),
             }
         }
     }
@@ -334,12 +388,12 @@ impl Form for Paired {
         // SAFETY: the caller has the instructions.
         unsafe {
             match (sums.len().div_ceil(stride), width.is_multiple_of(128)) {
-                (1, true) => few::add_weighted::<1, 8>(x, x_stride, rows, width, ahead, sums, stride),
-                (2, true) => few::add_weighted::<2, 8>(x, x_stride, rows, width, ahead, sums, stride),
-                (1, false) => few::add_weighted::<1, 4>(x, x_stride, rows, width, ahead, sums, stride),
-                (2, false) => few::add_weighted::<2, 4>(x, x_stride, rows, width, ahead, sums, stride),
-                (3, _) => few::add_weighted::<3, 4>(x, x_stride, rows, width, ahead, sums, stride),
-                _ => few::add_weighted::<4, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                (1, true) => few_paired::add_weighted::<1, 8>(x, x_stride, rows, width, ahead, sums, stride),
+                (2, true) => few_paired::add_weighted::<2, 8>(x, x_stride, rows, width, ahead, sums, stride),
+                (1, false) => few_paired::add_weighted::<1, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                (2, false) => few_paired::add_weighted::<2, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                (3, _) => few_paired::add_weighted::<3, 4>(x, x_stride, rows, width, ahead, sums, stride),
+                _ => few_paired::add_weighted::<4, 4>(x, x_stride, rows, width, ahead, sums, stride),
             }
         }
     }
@@ -423,31 +477,36 @@ unsafe fn transpose(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut [Bf16
             let row: [__m256i; 8] = std::array::from_fn(|i| unsafe {
                 _mm256_loadu_si256(from.add((first + i) * width + 2 * pair).cast())
             });
-            let two: [__m256i; 8] = std::array::from_fn(|i| match i % 2 {
-                0 => _mm256_unpacklo_epi32(row[i], row[i + 1]),
-                _ => _mm256_unpackhi_epi32(row[i - 1], row[i]),
-            });
-            // Of every four rows: words 0 and 4, 1 and 5, 2 and 6, 3 and 7, four rows each.
-            let four: [__m256i; 8] = std::array::from_fn(|i| {
-                let base = i / 4 * 4;
-                match i % 4 {
-                    0 => _mm256_unpacklo_epi64(two[base], two[base + 2]),
-                    1 => _mm256_unpackhi_epi64(two[base], two[base + 2]),
-                    2 => _mm256_unpacklo_epi64(two[base + 1], two[base + 3]),
-                    _ => _mm256_unpackhi_epi64(two[base + 1], two[base + 3]),
-                }
-            });
-            for i in 0..4 {
-                let low = _mm256_permute2x128_si256::<0x20>(four[i], four[i + 4]);
-                let high = _mm256_permute2x128_si256::<0x31>(four[i], four[i + 4]);
-                // SAFETY: pair `pair + i + 4` is inside the panel, checked above; a pair's row has 32 outputs.
-                unsafe {
-                    _mm256_storeu_si256(to.add(((pair + i) * PANEL + first) * 2).cast(), low);
-                    _mm256_storeu_si256(to.add(((pair + i + 4) * PANEL + first) * 2).cast(), high);
-                }
+            for (i, column) in transposed(row).into_iter().enumerate() {
+                // SAFETY: pair `pair + i` is inside the panel, checked above; a pair's row has 32 outputs.
+                unsafe { _mm256_storeu_si256(to.add(((pair + i) * PANEL + first) * 2).cast(), column) };
             }
         }
     }
+}
+
+/// Word `i` of every row, for each `i`.
+#[inline]
+#[target_feature(enable = "avx2")]
+fn transposed(row: [__m256i; 8]) -> [__m256i; 8] {
+    let two: [__m256i; 8] = std::array::from_fn(|i| match i % 2 {
+        0 => _mm256_unpacklo_epi32(row[i], row[i + 1]),
+        _ => _mm256_unpackhi_epi32(row[i - 1], row[i]),
+    });
+    // Of every four rows: words 0 and 4, 1 and 5, 2 and 6, 3 and 7, four rows each.
+    let four: [__m256i; 8] = std::array::from_fn(|i| {
+        let base = i / 4 * 4;
+        match i % 4 {
+            0 => _mm256_unpacklo_epi64(two[base], two[base + 2]),
+            1 => _mm256_unpackhi_epi64(two[base], two[base + 2]),
+            2 => _mm256_unpacklo_epi64(two[base + 1], two[base + 3]),
+            _ => _mm256_unpackhi_epi64(two[base + 1], two[base + 3]),
+        }
+    });
+    std::array::from_fn(|i| match i / 4 {
+        0 => _mm256_permute2x128_si256::<0x20>(four[i], four[i + 4]),
+        _ => _mm256_permute2x128_si256::<0x31>(four[i - 4], four[i]),
+    })
 }
 
 /// [`Form::panel_of_columns`]: the elements of two rows in turn.
@@ -503,7 +562,7 @@ unsafe fn transpose_wide(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut 
             let row: [__m512i; WORDS] = std::array::from_fn(|i| unsafe {
                 _mm512_loadu_si512(from.add((first + i) * width + 2 * pair).cast())
             });
-            let column = transposed(row);
+            let column = transposed_wide(row);
             for (i, column) in column.into_iter().enumerate() {
                 // SAFETY: pair `pair + i` is inside the panel, checked above; a pair's row has 32 outputs.
                 unsafe { _mm512_storeu_si512(to.add(((pair + i) * PANEL + first) * 2).cast(), column) };
@@ -512,10 +571,10 @@ unsafe fn transpose_wide(rows: &[Bf16], width: usize, ahead: Ahead, panel: &mut 
     }
 }
 
-/// Word `i` of every row, for each `i`.
+/// [`transposed`] with vectors of 16 words.
 #[inline]
 #[target_feature(enable = "avx512f")]
-fn transposed(row: [__m512i; 16]) -> [__m512i; 16] {
+fn transposed_wide(row: [__m512i; 16]) -> [__m512i; 16] {
     let two: [__m512i; 16] = std::array::from_fn(|i| match i % 2 {
         0 => _mm512_unpacklo_epi32(row[i], row[i + 1]),
         _ => _mm512_unpackhi_epi32(row[i - 1], row[i]),

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{IN_TURN, transposed};
+use super::{IN_TURN, transposed_wide};
 use crate::cpu::form::{Ahead, PANEL};
 use crate::scalar::Bf16;
 
@@ -50,7 +50,7 @@ pub(super) unsafe fn products<const R: usize>(
                 // SAFETY: the row exists, and 16 pairs from `pair` on are in it.
                 unsafe { _mm512_loadu_si512(rows.as_ptr().add(row * width + 2 * pair).cast()) }
             });
-            for (i, column) in transposed(row).into_iter().enumerate() {
+            for (i, column) in transposed_wide(row).into_iter().enumerate() {
                 ahead.fetch_next();
                 // SAFETY: both are 512 bits of anything.
                 let column = unsafe { std::mem::transmute::<__m512i, __m512bh>(column) };
