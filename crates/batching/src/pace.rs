@@ -190,6 +190,17 @@ impl<T> Line<T> {
         self.next.iter().chain(&self.hopeless)
     }
 
+    /// Who is next.
+    pub fn first(&self) -> Option<&T> {
+        self.next.front().or_else(|| self.hopeless.front())
+    }
+
+    /// Keeps those of whom `keep` says so.
+    pub fn retain(&mut self, mut keep: impl FnMut(&T) -> bool) {
+        self.next.retain(&mut keep);
+        self.hopeless.retain(keep);
+    }
+
     /// In order, to be changed.
     pub fn iter_mut(&mut self) -> impl Iterator<Item = &mut T> {
         self.next.iter_mut().chain(&mut self.hopeless)
@@ -217,7 +228,8 @@ impl<T> Line<T> {
     pub fn arrange(&mut self, pace: &Pace, now: Time, prompt: impl Fn(&T) -> Option<Prompt>) -> f64 {
         let mut forecast = Forecast::new(pace.model, now);
         let (mut crowded, mut offline) = (Vec::new(), Vec::new());
-        for item in std::mem::take(&mut self.next) {
+        for _ in 0..self.next.len() {
+            let item = self.next.pop_front().expect("they are counted");
             let Some(prompt) = prompt(&item) else { continue };
             if pace.order == Order::Arrival {
                 self.next.push_back(item);

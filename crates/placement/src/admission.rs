@@ -1,8 +1,8 @@
 //! Whether to take a request in: its predicted chance, and what the cluster has room for.
 
+use std::fmt;
 use std::time::Duration;
 
-use serde::Serialize;
 use tandem_types::ServiceClass;
 
 use crate::candidate::sane_seconds;
@@ -27,7 +27,7 @@ impl Default for Limits {
 }
 
 /// What becomes of a request at the door.
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Verdict {
     /// It may be placed.
     Admit {
@@ -36,11 +36,69 @@ pub enum Verdict {
     },
     /// It is refused for now.
     Shed {
-        /// In a sentence.
-        reason: String,
+        /// Why.
+        reason: Reason,
         /// When to come again.
         retry_after: Duration,
     },
+}
+
+/// Why a request is refused. It reads as a sentence, which is made where somebody reads it: under overload most of what
+/// is decided is never read.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Reason {
+    /// The queue is full.
+    Queue {
+        /// Requests that no worker has begun.
+        waiting: usize,
+        /// Their bound.
+        most: usize,
+    },
+    /// There are no workers.
+    Nobody,
+    /// Offline work finds no gap.
+    Full {
+        /// The share of KV that is in use.
+        usage: f64,
+    },
+    /// Its first token would be late.
+    FirstToken {
+        /// The chance that it would be in time.
+        chance: f64,
+        /// Seconds of work in the shortest queue.
+        wait: f64,
+        /// Seconds until the first token is due.
+        target: f64,
+    },
+    /// Its other tokens would be late.
+    Tokens {
+        /// The chance that it would be in time.
+        chance: f64,
+        /// Seconds that each may take.
+        target: f64,
+    },
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Reason::Queue { waiting, most } => write!(f, "{waiting} requests wait already, at most {most}"),
+            Reason::Nobody => f.write_str("no worker takes work now"),
+            Reason::Full { usage } => {
+                write!(f, "{:.0} % of KV is in use, and offline work waits for a gap", usage * 100.0)
+            }
+            Reason::FirstToken { chance, wait, target } => write!(
+                f,
+                "it would be in time with a chance of {chance:.2}: the shortest queue is {wait:.2} s, and its first \
+                 token is due in {target:.2} s"
+            ),
+            Reason::Tokens { chance, target } => write!(
+                f,
+                "it would be in time with a chance of {chance:.2}: no worker is likely to draw its other tokens within \
+                 {target:.3} s each"
+            ),
+        }
+    }
 }
 
 /// Decides at the door. `waiting` are the requests that no worker has begun, `waiting_max` their bound.
@@ -51,16 +109,16 @@ pub fn admit(
     waiting: usize,
     waiting_max: usize,
 ) -> Verdict {
-    let shed = |reason: String, seconds: f64| Verdict::Shed {
+    let shed = |reason: Reason, seconds: f64| Verdict::Shed {
         reason,
         retry_after: Duration::from_secs_f64(sane_seconds(seconds).clamp(1.0, 60.0).ceil()),
     };
     if waiting >= waiting_max {
-        return shed(format!("{waiting} requests wait already, at most {waiting_max}"), 1.0);
+        return shed(Reason::Queue { waiting, most: waiting_max }, 1.0);
     }
     let able: Vec<&Candidate> = candidates.iter().filter(|c| c.role != tandem_types::Role::Encode).collect();
     if able.is_empty() {
-        return shed("no worker takes work now".to_owned(), 1.0);
+        return shed(Reason::Nobody, 1.0);
     }
     if request.class == ServiceClass::Offline {
         // What is not a number is taken for full.
@@ -68,7 +126,7 @@ pub fn admit(
             |c: &&Candidate| if c.kv_usage.is_nan() { 1.0 } else { f64::from(c.kv_usage.clamp(0.0, 1.0)) };
         let usage = able.iter().map(of).sum::<f64>() / able.len() as f64;
         return if usage > limits.offline_kv_usage {
-            shed(format!("{:.0} % of KV is in use, and offline work waits for a gap", usage * 100.0), 5.0)
+            shed(Reason::Full { usage }, 5.0)
         } else {
             Verdict::Admit { chance: 1.0 }
         };
@@ -78,13 +136,12 @@ pub fn admit(
     if chance < limits.chance_least {
         let wait = able.iter().map(|c| sane_seconds(c.timely_seconds)).fold(f64::INFINITY, f64::min);
         let target = request.first_token_target();
-        let why = if first <= others {
-            format!("the shortest queue is {wait:.2} s, and its first token is due in {target:.2} s")
+        let reason = if first <= others {
+            Reason::FirstToken { chance, wait, target }
         } else {
-            let each = request.token_target();
-            format!("no worker is likely to draw its other tokens within {each:.3} s each")
+            Reason::Tokens { chance, target: request.token_target() }
         };
-        return shed(format!("it would be in time with a chance of {chance:.2}: {why}"), wait - target);
+        return shed(reason, wait - target);
     }
     Verdict::Admit { chance }
 }

@@ -4,7 +4,7 @@
 //! router itself has at a worker is taken from its own books, and a report adds what others have there: what it
 //! counts beyond these books as they were when it was made.
 
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
 use tandem_batching::pace::{self, Budget, Line, Order, Pace};
@@ -40,16 +40,58 @@ pub struct Prompt {
     pub class: ServiceClass,
 }
 
-#[derive(Clone, Debug)]
+/// Prompts without an answer: each has a place, where it is found without a search.
+#[derive(Clone, Debug, Default)]
 struct Open {
-    leg: u32,
-    prompt: Prompt,
+    places: Vec<Option<(u32, Prompt)>>,
+    /// Places that nobody has.
+    free: Vec<usize>,
+    /// Where the prompt of each leg is.
+    by_leg: HashMap<u32, usize>,
+}
+
+/// A prompt's turn: its leg, and its place among those that are open.
+type Turn = (u32, usize);
+
+impl Open {
+    fn insert(&mut self, leg: u32, prompt: Prompt) -> Turn {
+        let at = self.free.pop().unwrap_or(self.places.len());
+        if at == self.places.len() {
+            self.places.push(None);
+        }
+        self.places[at] = Some((leg, prompt));
+        self.by_leg.insert(leg, at);
+        (leg, at)
+    }
+
+    fn get_mut(&mut self, leg: u32) -> Option<&mut Prompt> {
+        let at = *self.by_leg.get(&leg)?;
+        self.places[at].as_mut().map(|(_, prompt)| prompt)
+    }
+
+    fn remove(&mut self, leg: u32) -> Option<Prompt> {
+        let at = self.by_leg.remove(&leg)?;
+        self.free.push(at);
+        self.places[at].take().map(|(_, prompt)| prompt)
+    }
+
+    /// The prompt whose turn this is, unless it is over.
+    fn of(&self, (leg, at): Turn) -> Option<&Prompt> {
+        self.places[at].as_ref().filter(|(of, _)| *of == leg).map(|(_, prompt)| prompt)
+    }
+
+    fn len(&self) -> usize {
+        self.by_leg.len()
+    }
 }
 
 /// One router's books of one worker.
 #[derive(Clone, Debug)]
 pub struct Ledger {
-    line: Line<Open>,
+    open: Open,
+    /// Turns in the order in which they are computed, some of prompts that are over: where many wait, looking for each
+    /// that is answered would take longer than all else.
+    line: Line<Turn>,
     queue_seconds: f64,
     decodes: u32,
     decode_tokens: u64,
@@ -65,6 +107,8 @@ pub struct Ledger {
 /// Totals are remembered once in so long, and for a report at most so many entries back.
 const PAST_EVERY: Duration = Duration::from_millis(5);
 const PAST_MAX: usize = 1024;
+/// A line may hold so many turns of prompts that are over, beside as many as there are others.
+const LINE_SPARE: usize = 64;
 
 /// Seconds by which what others had in line grows less with each second since the report. Everybody hears of a short
 /// line at once and goes there: only what is long for its age is news that one can go by.
@@ -74,6 +118,7 @@ impl Default for Ledger {
     /// Nothing sent, nothing reported.
     fn default() -> Self {
         Ledger {
+            open: Open::default(),
             line: Line::default(),
             queue_seconds: 0.0,
             decodes: 0,
@@ -90,11 +135,12 @@ impl Ledger {
     /// A prompt is sent. `leg` names it until it is answered.
     pub fn prompt_sent(&mut self, leg: u32, prompt: Prompt, now: Time) {
         let seconds = sane_seconds(prompt.seconds);
-        if self.line.is_empty() {
+        if self.open.len() == 0 {
             self.begun = now;
         }
         let cached = prompt.cached.min(prompt.tokens.saturating_sub(1));
-        self.line.push(Open { leg, prompt: Prompt { seconds, cached, ..prompt } });
+        self.forget(leg); // a name that is taken is a prompt that nobody will answer
+        self.line.push(self.open.insert(leg, Prompt { seconds, cached, ..prompt }));
         self.queue_seconds += seconds;
         self.remember(now);
     }
@@ -102,7 +148,7 @@ impl Ledger {
     /// The worker holds so many tokens of a prompt already, and the rest takes so long. A leg that has no prompt here
     /// changes nothing.
     pub fn prompt_cached(&mut self, leg: u32, cached: u32, seconds: f64, now: Time) {
-        let Some(Open { prompt, .. }) = self.line.iter_mut().find(|open| open.leg == leg) else { return };
+        let Some(prompt) = self.open.get_mut(leg) else { return };
         let seconds = sane_seconds(seconds);
         self.queue_seconds = (self.queue_seconds - prompt.seconds + seconds).max(0.0);
         prompt.cached = cached.min(prompt.tokens.saturating_sub(1));
@@ -112,14 +158,24 @@ impl Ledger {
 
     /// Its first token is here, or it will never come. A leg that has no prompt here changes nothing.
     pub fn prompt_over(&mut self, leg: u32, now: Time) {
-        let Some(place) = self.line.iter().position(|open| open.leg == leg) else { return };
-        let open = self.line.remove(place).expect("it was found there");
-        self.queue_seconds = (self.queue_seconds - open.prompt.seconds).max(0.0);
-        if self.line.is_empty() {
-            self.queue_seconds = 0.0; // what rounding has left
+        if !self.forget(leg) {
+            return;
         }
         self.begun = self.begun.max(now);
         self.remember(now);
+    }
+
+    /// Whether the leg had a prompt here.
+    fn forget(&mut self, leg: u32) -> bool {
+        let Some(prompt) = self.open.remove(leg) else { return false };
+        self.queue_seconds = (self.queue_seconds - prompt.seconds).max(0.0);
+        if self.open.len() == 0 {
+            self.queue_seconds = 0.0; // what rounding has left
+        }
+        if self.line.len() > 2 * self.open.len() + LINE_SPARE {
+            self.line.retain(|turn| self.open.of(*turn).is_some());
+        }
+        true
     }
 
     /// A sequence of so many tokens decodes there from now on, or is on its way.
@@ -211,22 +267,33 @@ impl Ledger {
         }
     }
 
+    /// The first in line.
+    fn first(&mut self) -> Option<(Turn, Prompt)> {
+        while let Some(turn) = self.line.first().copied() {
+            if let Some(prompt) = self.open.of(turn) {
+                return Some((turn, *prompt));
+            }
+            self.line.remove(0);
+        }
+        None
+    }
+
     /// Seconds of the first in line that are computed by now.
-    fn under_way(&self, now: Time) -> f64 {
-        let first = self.line.iter().next().map_or(0.0, |open| open.prompt.seconds);
+    fn under_way(&mut self, now: Time) -> f64 {
+        let first = self.first().map_or(0.0, |(_, prompt)| prompt.seconds);
         now.since(self.begun).as_secs_f64().min(first)
     }
 
     /// Orders own prompts as the worker does, and says how many seconds of them can be in time.
     fn arrange(&mut self, model: StepTime, under_way: f64, now: Time) -> f64 {
-        let Some(first) = self.line.iter().next() else { return 0.0 };
+        let Some((first, prompt)) = self.first() else { return 0.0 };
         let (budget, order) = (Budget::Slack(u32::MAX), Order::Deadline);
         let pace = Pace { order, budget, model, headroom_tokens: 0, short_tokens: 1.0 };
-        let (first, share) = (first.leg, under_way / first.prompt.seconds.max(1e-9));
-        self.line.arrange(&pace, now, |open| {
-            let Prompt { tokens, cached, due, class, .. } = open.prompt;
-            let left = f64::from(tokens - cached) * if open.leg == first { 1.0 - share } else { 1.0 };
-            Some(pace::Prompt { left: left as u32, total: tokens, begun: open.leg == first, due, class })
+        let share = under_way / prompt.seconds.max(1e-9);
+        self.line.arrange(&pace, now, |turn| {
+            let Prompt { tokens, cached, due, class, .. } = *self.open.of(*turn)?;
+            let left = f64::from(tokens - cached) * if *turn == first { 1.0 - share } else { 1.0 };
+            Some(pace::Prompt { left: left as u32, total: tokens, begun: *turn == first, due, class })
         })
     }
 }

@@ -102,6 +102,7 @@ fn a_refusal_says_why_and_when_to_come_again() {
     let queued = Candidate { timely_seconds: 9.5, ..worker("p", Role::Prefill) };
     match admit(&request(), &[queued], &Limits::default(), 0, 256) {
         Verdict::Shed { reason, retry_after } => {
+            let reason = reason.to_string();
             assert!(reason.contains("9.50 s") && reason.contains("2.00 s"), "{reason}");
             assert_eq!(retry_after.as_secs(), 8);
         }
@@ -109,7 +110,10 @@ fn a_refusal_says_why_and_when_to_come_again() {
     }
     let crowded = Candidate { decodes: 450, ..worker("d", Role::Decode) };
     match admit(&Request { max_tokens: 500, ..request() }, &[crowded], &Limits::default(), 0, 256) {
-        Verdict::Shed { reason, .. } => assert!(reason.contains("other tokens within 0.500 s"), "{reason}"),
+        Verdict::Shed { reason, .. } => {
+            let reason = reason.to_string();
+            assert!(reason.contains("other tokens within 0.500 s"), "{reason}");
+        }
         Verdict::Admit { chance } => panic!("admitted with {chance}"),
     }
 }

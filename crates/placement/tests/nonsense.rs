@@ -204,7 +204,7 @@ proptest! {
         match admit(&request, &candidates, &limits, waiting, waiting_max) {
             Verdict::Admit { chance } => prop_assert!((0.0..=1.0).contains(&chance), "{chance}"),
             Verdict::Shed { reason, retry_after } => {
-                prop_assert!(!reason.is_empty());
+                prop_assert!(!reason.to_string().is_empty());
                 let right = Duration::from_secs(1)..=Duration::from_secs(60);
                 prop_assert!(right.contains(&retry_after), "{retry_after:?}");
             }

@@ -1,6 +1,6 @@
 //! The cluster in virtual time: one queue of events, workers that step, a router that decides by `placement`.
 
-use std::cmp::Reverse;
+use std::cmp::{Ordering, Reverse};
 use std::collections::{BinaryHeap, VecDeque};
 use std::time::Duration;
 
@@ -37,7 +37,7 @@ const ATTEMPTS_MAX: u8 = 3;
 /// What has not ended so long after the last arrival never does.
 const DRAIN: Duration = Duration::from_secs(3600);
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug)]
 enum Event {
     Step { worker: u32, life: u32 },
     Prompt { job: JobId, leg: u32 },
@@ -50,6 +50,40 @@ enum Event {
     Fault { number: u32 },
     Up { worker: u32 },
     Again { job: JobId, leg: u32 },
+}
+
+/// An event that is to come. The greatest is the first: the earliest, and of those of one moment the first made.
+#[derive(Clone, Copy, Debug)]
+struct Due {
+    at: Time,
+    sequence: u64,
+    event: Event,
+}
+
+impl Due {
+    fn key(&self) -> Reverse<(Time, u64)> {
+        Reverse((self.at, self.sequence))
+    }
+}
+
+impl PartialEq for Due {
+    fn eq(&self, other: &Due) -> bool {
+        self.key() == other.key()
+    }
+}
+
+impl Eq for Due {}
+
+impl PartialOrd for Due {
+    fn partial_cmp(&self, other: &Due) -> Option<Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Due {
+    fn cmp(&self, other: &Due) -> Ordering {
+        self.key().cmp(&other.key())
+    }
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,7 +124,7 @@ pub struct Cluster<'a> {
     workers: Vec<Worker>,
     view: Vec<Candidate>,
     jobs: Vec<Job>,
-    events: BinaryHeap<Reverse<(Time, u64, Event)>>,
+    events: BinaryHeap<Due>,
     sequence: u64,
     now: Time,
     truth: StepTime,
@@ -183,7 +217,7 @@ impl<'a> Cluster<'a> {
         }
         let stop = if self.options.as_reference { Time::MAX } else { end + DRAIN };
         loop {
-            let due = self.events.peek().map(|Reverse((at, ..))| *at);
+            let due = self.events.peek().map(|due| due.at);
             let arrival = self.workload.arrivals.get(self.next).map(|arrival| arrival.at);
             match (arrival, due) {
                 (Some(arrival), due) if due.is_none_or(|due| arrival <= due) => {
@@ -195,7 +229,7 @@ impl<'a> Cluster<'a> {
                     if due > stop || (idle && self.is_over(due > end)) {
                         break;
                     }
-                    let Reverse((at, _, event)) = self.events.pop().expect("peeked");
+                    let Due { at, event, .. } = self.events.pop().expect("peeked");
                     self.now = at;
                     self.handle(event);
                 }
@@ -272,7 +306,7 @@ impl<'a> Cluster<'a> {
 
     fn at(&mut self, at: Time, event: Event) {
         self.sequence += 1;
-        self.events.push(Reverse((at, self.sequence, event)));
+        self.events.push(Due { at, sequence: self.sequence, event });
     }
 
     fn log(&mut self, kind: u64, a: u64, b: u64) {

@@ -177,7 +177,7 @@ impl Dispatcher {
         match admission::admit(&facts, candidates, &Limits::default(), 0, self.queue_max) {
             Verdict::Admit { .. } => Ok(()),
             Verdict::Shed { reason, retry_after } => {
-                tracing::debug!(request = request.name, reason, "request shed");
+                tracing::debug!(request = request.name, %reason, "request shed");
                 Err(DispatchError::Overloaded { retry_after })
             }
         }

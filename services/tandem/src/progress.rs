@@ -1,18 +1,19 @@
 //! How far a long command is, on one line of a terminal.
 
 use std::io::{IsTerminal, Write};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// How far it is, on one line of a terminal.
 pub struct Bar {
     all: usize,
-    done: std::cell::Cell<usize>,
+    done: AtomicUsize,
     shown: bool,
 }
 
 impl Bar {
     /// Nothing done yet.
     pub fn new(all: usize) -> Bar {
-        Bar { all, done: std::cell::Cell::new(0), shown: std::io::stderr().is_terminal() }
+        Bar { all, done: AtomicUsize::new(0), shown: std::io::stderr().is_terminal() }
     }
 
     /// A bar that only says what is being done.
@@ -22,8 +23,7 @@ impl Bar {
 
     /// The next one begins.
     pub fn step(&self, what: &str) {
-        let done = self.done.get();
-        self.done.set(done + 1);
+        let done = self.done.fetch_add(1, Ordering::Relaxed);
         if self.shown {
             match self.all {
                 0 => eprint!("\r{:<6} {what:<90}", done + 1),

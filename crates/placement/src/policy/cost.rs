@@ -266,6 +266,9 @@ impl Cost {
         held: Option<&Held>,
         best: Option<Bring>,
     ) -> (f64, u32) {
+        if held.is_none() && best.is_none() {
+            return (0.0, 0);
+        }
         let most = request.prompt_tokens.saturating_sub(1);
         let compute = |cached: u32| model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
         let mut cheapest = (0.0, 0, compute(0));

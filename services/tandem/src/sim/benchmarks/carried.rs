@@ -66,26 +66,25 @@ fn ratios(rounds: &[Carried]) -> Vec<f64> {
 
 pub fn targets(bench: &Bench) -> Result<String, String> {
     let (mut rows, mut logs) = (Vec::new(), 0.0);
-    let cases = target_cases();
-    for case in &cases {
-        let rounds = bench.carried(case, |options| options)?.expect("its trace is committed");
-        let (cells, reached) = row(case, &rounds, 0.98);
+    for case in target_cases().into_iter().filter(|case| bench.wants(&case.label())) {
+        let rounds = bench.carried(&case, |options| options)?.expect("its trace is committed");
+        let (cells, reached) = row(&case, &rounds, 0.98);
         rows.push(cells);
         logs += reached.ln();
     }
-    let mean = (logs / cases.len() as f64).exp();
-    Ok(format!(
-        "### Every target\n\n{}\nGeometric mean of the five ratios: {mean:.3}; goal {}.\n",
-        table(&HEAD, &rows),
-        verdict(mean, 1.0)
-    ))
+    let mean = (logs / rows.len() as f64).exp();
+    let mean = match rows.len() {
+        5 => format!("Geometric mean of the five ratios: {mean:.3}; goal {}.", verdict(mean, 1.0)),
+        some => format!("Geometric mean of {some} ratios: {mean:.3}."),
+    };
+    Ok(format!("### Every target\n\n{}\n{mean}\n", table(&HEAD, &rows)))
 }
 
 pub fn xllm(bench: &Bench) -> Result<String, String> {
     let superposed = target_cases().into_iter().filter(|case| (case.first_ms, case.token_ms) == (1000, 50));
     let cases = superposed.zip([2.5, 1.2]).chain(squeezed_cases().into_iter().zip([1.67, 1.1]));
     let mut rows = Vec::new();
-    for (case, goal) in cases {
+    for (case, goal) in cases.filter(|(case, _)| bench.wants(&case.label())) {
         let rounds = bench.carried(&case, |options| options)?.expect("its trace is committed");
         let ratios: Vec<f64> = rounds.iter().map(|r| r.ours / r.half).collect();
         rows.push(vec![
@@ -112,7 +111,7 @@ pub fn xllm(bench: &Bench) -> Result<String, String> {
 
 pub fn shift(bench: &Bench) -> Result<String, String> {
     let mut rows = Vec::new();
-    for case in shift_cases() {
+    for case in shift_cases().into_iter().filter(|case| bench.wants(&case.label())) {
         let rounds = bench.carried(&case, |options| options)?.expect("its trace is committed");
         let fixed: Vec<f64> = rounds.iter().map(|r| r.ours / r.fixed.0).collect();
         let mixed: Vec<f64> = rounds.iter().map(|r| r.ours / r.mixed.0).collect();
@@ -157,7 +156,7 @@ pub fn general(bench: &Bench) -> Result<String, String> {
         ..Case::new(name, trace, 1000, 50)
     });
     let mut rows = Vec::new();
-    for case in timed.into_iter().chain(lengths) {
+    for case in timed.into_iter().chain(lengths).filter(|case| bench.wants(&case.label())) {
         rows.push(match bench.carried(&case, |options| options)? {
             Some(rounds) => row(&case, &rounds, 0.95).0,
             None => vec![case.label(), bench.missing(case.trace)],

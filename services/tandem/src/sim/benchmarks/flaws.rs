@@ -19,7 +19,7 @@ const STEADY_LOADS: [f64; 4] = [0.3, 0.6, 0.8, 0.95];
 
 pub fn flaws(bench: &Bench) -> Result<String, String> {
     let mut rows = Vec::new();
-    for case in target_cases().into_iter().chain(shift_cases()) {
+    for case in target_cases().into_iter().chain(shift_cases()).filter(|case| bench.wants(&case.label())) {
         let clean = bench.carried(&case, |options| options)?.expect("its trace is committed");
         for bias in BIASES {
             let flawed =
@@ -64,6 +64,9 @@ fn kept(clean: &[Carried], flawed: &[Carried], ratio: fn(&Carried) -> f64) -> Ve
 
 fn steady(bench: &Bench) -> Result<String, String> {
     let case = Case::new("Azure Conv lengths, Poisson", "azure2023_conv", 1000, 50);
+    if !bench.wants(&case.label()) {
+        return Ok(String::new());
+    }
     let mut flips = vec![Vec::new(); STEADY_LOADS.len()];
     for round in 0..bench.rounds {
         let mut scenario = bench.scenario(&case, round)?.expect("its trace is committed");

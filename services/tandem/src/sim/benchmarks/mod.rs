@@ -11,6 +11,8 @@ mod held;
 mod speed;
 
 use std::path::PathBuf;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tandem_simulator::scenario::{Arrivals, Scenario};
@@ -46,6 +48,8 @@ const ATTAINED: f64 = 0.9;
 struct Bench {
     rounds: usize,
     traces: PathBuf,
+    /// What a row's name must contain.
+    rows: String,
     bar: Bar,
 }
 
@@ -57,8 +61,12 @@ pub fn main(config: &SimConfig, names: &str) -> Result<(), String> {
             return Err(format!("--benchmarks knows all, {}, not {name:?}", known()));
         }
     }
-    let bench =
-        Bench { rounds: config.rounds.max(1), traces: config.traces.clone(), bar: Bar::of_unknown_length() };
+    let bench = Bench {
+        rounds: config.rounds.max(1),
+        traces: config.traces.clone(),
+        rows: config.rows.clone(),
+        bar: Bar::of_unknown_length(),
+    };
     for section in SECTIONS {
         if names.split(',').any(|name| name == "all" || name == section.name) {
             let text = (section.make)(&bench)?;
@@ -166,20 +174,28 @@ impl Bench {
     fn carried(
         &self,
         case: &Case,
-        flawed: impl Fn(Options) -> Options,
+        flawed: impl Fn(Options) -> Options + Sync,
     ) -> Result<Option<Vec<Carried>>, String> {
-        let mut rounds = Vec::new();
+        let mut scenarios = Vec::new();
         for round in 0..self.rounds {
             let Some(scenario) = self.scenario(case, round)? else { return Ok(None) };
+            scenarios.push(scenario);
+        }
+        let rounds = side_by_side(scenarios.len(), |round| {
             let ours = flawed(Options {
                 first_token: Duration::from_millis(case.first_ms),
                 per_token: Duration::from_millis(case.token_ms),
                 seed: round as u64 + 1,
                 ..Options::default()
             });
-            rounds.push(self.round(case, &scenario, &ours, round)?);
-        }
-        Ok(Some(rounds))
+            self.round(case, &scenarios[round], &ours, round)
+        });
+        rounds.map(Some)
+    }
+
+    /// Whether a row of this name is to be made.
+    fn wants(&self, label: &str) -> bool {
+        label.contains(&self.rows)
     }
 
     fn round(
@@ -218,6 +234,32 @@ impl Bench {
             flips,
         })
     }
+}
+
+/// Makes `count` things on as many threads as there are processors.
+fn side_by_side<T: Send>(
+    count: usize,
+    make: impl Fn(usize) -> Result<T, String> + Sync,
+) -> Result<Vec<T>, String> {
+    let (next, made) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..processors.min(count) {
+            scope.spawn(|| {
+                loop {
+                    let at = next.fetch_add(1, Ordering::Relaxed);
+                    if at >= count {
+                        return;
+                    }
+                    let thing = make(at);
+                    made.lock().expect("nothing panics under this lock").push((at, thing));
+                }
+            });
+        }
+    });
+    let mut made = made.into_inner().expect("nothing panics under this lock");
+    made.sort_by_key(|(at, _)| *at);
+    made.into_iter().map(|(_, thing)| thing).collect()
 }
 
 fn is_mixed(options: &Options) -> bool {
