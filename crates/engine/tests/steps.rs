@@ -440,7 +440,7 @@ fn facts_say_what_the_checkpoint_and_the_options_make() {
         ("rows", "bf16", 1)
     );
     assert!(facts.kernel.starts_with("cpu-"));
-    assert_eq!(facts.identity.numerics, format!("{}-2-bf16", facts.kernel));
+    assert_eq!(facts.identity.numerics, format!("{}-3-bf16", facts.kernel));
 
     let float = load(MODEL, Options { dtype: Dtype::Float32, kv_bytes, ..Options::default() });
     assert_eq!(float.form.page_bytes[0], 2 * facts.form.page_bytes[0]);

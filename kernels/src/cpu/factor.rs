@@ -30,6 +30,9 @@ pub(super) trait Factor: Send + Sync {
 pub(super) const BYTES: usize = 4;
 /// Inputs in a word of 4-bit integers.
 pub(super) const NIBBLES: usize = 8;
+/// Places of 4-bit integers in half a word.
+#[cfg(target_arch = "x86_64")]
+const PLACES: usize = 4;
 /// Inputs whose weights are unpacked at a time: so many of a panel stay in the first level of cache.
 const UNPACKED: usize = 128;
 
@@ -125,9 +128,8 @@ fn int8(x: &[u32], words: usize, weights: &[u32], sums: &mut [[i32; PANEL]]) {
     }
 }
 
-/// Rows of numbers and weights in 4-bit integers, which become the numbers they stand for, in float32, on the way;
-/// `FUSED` products are one with their additions.
-pub(super) struct Int4<'a, T, const FUSED: bool> {
+/// Rows of numbers and weights in 4-bit integers, which become the numbers they stand for, in float32, on the way.
+pub(super) struct Int4<'a, T> {
     /// `[count][inputs]`.
     pub(super) x: &'a [f32],
     pub(super) inputs: usize,
@@ -138,7 +140,7 @@ pub(super) struct Int4<'a, T, const FUSED: bool> {
     pub(super) stored: PhantomData<T>,
 }
 
-impl<T: Scalar, const FUSED: bool> Factor for Int4<'_, T, FUSED> {
+impl<T: Scalar> Factor for Int4<'_, T> {
     type Stored = T;
 
     #[inline(always)]
@@ -151,12 +153,6 @@ impl<T: Scalar, const FUSED: bool> Factor for Int4<'_, T, FUSED> {
             (self.panels.read(panel * PANEL * words, PANEL * words), scales)
         };
         sums.fill([0.0; PANEL]);
-        #[cfg(target_arch = "x86_64")]
-        if FUSED {
-            let x = &self.x[first * inputs..(first + sums.len()) * inputs];
-            // SAFETY: fused products are asked for where the machine has AVX2 and FMA.
-            return unsafe { x86::int4(x, inputs, self.group, weights, scales, sums) };
-        }
         let mut numbers = [[0.0; PANEL]; UNPACKED];
         for from in (0..inputs).step_by(UNPACKED) {
             let count = UNPACKED.min(inputs - from);
@@ -196,7 +192,7 @@ fn unpack(weights: &[u32], scales: &[f32], numbers: &mut [[f32; PANEL]]) {
 /// than to be looked up as a number.
 #[cfg(target_arch = "x86_64")]
 pub(super) struct Int4Pairs<'a> {
-    pub(super) rows: Int4Rows<'a>,
+    pub(super) rows: Int4Rows<'a, u32>,
     pub(super) inputs: usize,
     pub(super) group: usize,
     pub(super) panels: Shared<u32>,
@@ -204,12 +200,14 @@ pub(super) struct Int4Pairs<'a> {
     pub(super) scales: Shared<f32>,
 }
 
-/// Rows as [`Int4Pairs`] multiplies them.
+/// Rows as they are multiplied with 4-bit integers.
 #[cfg(target_arch = "x86_64")]
 #[derive(Clone, Copy)]
-pub(super) struct Int4Rows<'a> {
-    /// `[count][words][4]`: of eight inputs the first and fifth, second and sixth and so on as bf16; missing ones are zero.
-    pub(super) pairs: &'a [u32],
+pub(super) struct Int4Rows<'a, T> {
+    /// `[count][words]`, and for each word what its eight inputs are multiplied as; missing ones are zero. In pairs: the
+    /// first and fifth, second and sixth and so on as bf16. Shifted: all eight, divided by what their places in half a
+    /// word multiply integers by.
+    pub(super) values: &'a [T],
     /// `[count][groups]`: sums of a group's inputs.
     pub(super) sums: &'a [f32],
 }
@@ -228,7 +226,7 @@ impl Factor for Int4Pairs<'_> {
         };
         let last = first + sums.len();
         let rows = Int4Rows {
-            pairs: &self.rows.pairs[4 * first * words..4 * last * words],
+            values: &self.rows.values[4 * first * words..4 * last * words],
             sums: &self.rows.sums[first * groups..last * groups],
         };
         sums.fill([0.0; PANEL]);
@@ -237,38 +235,107 @@ impl Factor for Int4Pairs<'_> {
     }
 }
 
-/// Rows to be put in pairs.
+/// Rows of bf16 and weights in 4-bit integers on AVX2, as [`Int4Pairs`]: an integer is a number where it lies, and its
+/// input is divided by what its place multiplies it by.
 #[cfg(target_arch = "x86_64")]
-pub(super) struct Pair<'a> {
+pub(super) struct Int4Shifted<'a> {
+    pub(super) rows: Int4Rows<'a, f32>,
+    pub(super) inputs: usize,
+    pub(super) group: usize,
+    pub(super) panels: Shared<u32>,
+    /// As in [`Int4`].
+    pub(super) scales: Shared<f32>,
+}
+
+#[cfg(target_arch = "x86_64")]
+impl Factor for Int4Shifted<'_> {
+    type Stored = Bf16;
+
+    #[inline(always)]
+    fn multiply(&self, panel: usize, first: usize, sums: &mut [[f32; PANEL]]) {
+        let (words, groups) = (self.inputs.div_ceil(NIBBLES), self.inputs.div_ceil(self.group));
+        // SAFETY: weights are written once, when they are packed.
+        let (weights, scales) = unsafe {
+            let scales = self.scales.read(panel * groups * 2 * PANEL, groups * 2 * PANEL);
+            (self.panels.read(panel * PANEL * words, PANEL * words), scales)
+        };
+        let rows = Int4Rows {
+            values: &self.rows.values[first * words * NIBBLES..],
+            sums: &self.rows.sums[first * groups..],
+        };
+        let panel = x86::Panel { weights, scales, words, groups, group_words: self.group / NIBBLES };
+        sums.fill([0.0; PANEL]);
+        // SAFETY: this factor is used on AVX2, which was found available when the device was opened.
+        unsafe { x86::int4_shifted(rows, panel, sums) }
+    }
+}
+
+/// Rows to be multiplied with 4-bit integers: a word's eight inputs become `N` values.
+#[cfg(target_arch = "x86_64")]
+pub(super) struct Arrange<'a, T, const N: usize> {
     pub(super) x: &'a [Bf16],
     pub(super) inputs: usize,
     pub(super) group: usize,
-    pub(super) pairs: Shared<u32>,
+    pub(super) values: Shared<T>,
     pub(super) sums: Shared<f32>,
 }
 
 #[cfg(target_arch = "x86_64")]
 kernel!(
-    /// Makes [`Int4Rows`]; part `part` of `parts` of the rows.
+    /// Makes [`Int4Rows`] of pairs; part `part` of `parts` of the rows.
     pair, pair_body, Pair
 );
 
 #[cfg(target_arch = "x86_64")]
+kernel!(
+    /// Makes shifted [`Int4Rows`]; part `part` of `parts` of the rows.
+    shift, shift_body, Shift
+);
+
+/// Rows to be put in pairs.
+#[cfg(target_arch = "x86_64")]
+pub(super) type Pair<'a> = Arrange<'a, u32, 4>;
+
+/// Rows to be shifted.
+#[cfg(target_arch = "x86_64")]
+pub(super) type Shift<'a> = Arrange<'a, f32, NIBBLES>;
+
+#[cfg(target_arch = "x86_64")]
 #[inline(always)]
 fn pair_body(job: &Pair<'_>, part: usize, parts: usize) {
-    let count = job.x.len() / job.inputs;
-    let (words, groups) = (job.inputs.div_ceil(NIBBLES), job.inputs.div_ceil(job.group));
-    for row in count * part / parts..count * (part + 1) / parts {
-        let x = &job.x[row * job.inputs..][..job.inputs];
-        // SAFETY: each part has rows of its own.
-        let (pairs, sums) =
-            unsafe { (job.pairs.part(4 * row * words, 4 * words), job.sums.part(row * groups, groups)) };
-        for (x, pairs) in x.chunks(NIBBLES).zip(pairs.as_chunks_mut::<4>().0) {
-            let bits = |at: usize| x.get(at).map_or(0, |value| u32::from(value.0));
-            *pairs = std::array::from_fn(|at| bits(at) | bits(at + 4) << 16);
-        }
-        for (x, sum) in x.chunks(job.group).zip(sums) {
-            *sum = x.iter().map(|value| value.load()).sum();
+    job.rows(part, parts, |x| {
+        let bits = |at: usize| x.get(at).map_or(0, |value| u32::from(value.0));
+        std::array::from_fn(|at| bits(at) | bits(at + 4) << 16)
+    });
+}
+
+#[cfg(target_arch = "x86_64")]
+#[inline(always)]
+fn shift_body(job: &Shift<'_>, part: usize, parts: usize) {
+    const SHARES: [f32; PLACES] = [1.0, 1.0 / 16.0, 1.0 / 256.0, 1.0 / 4096.0];
+    job.rows(part, parts, |x| {
+        std::array::from_fn(|at| x.get(at).map_or(0.0, |value| value.load() * SHARES[at % PLACES]))
+    });
+}
+
+#[cfg(target_arch = "x86_64")]
+impl<T, const N: usize> Arrange<'_, T, N> {
+    #[inline(always)]
+    fn rows(&self, part: usize, parts: usize, of_word: impl Fn(&[Bf16]) -> [T; N]) {
+        let count = self.x.len() / self.inputs;
+        let (words, groups) = (self.inputs.div_ceil(NIBBLES), self.inputs.div_ceil(self.group));
+        for row in count * part / parts..count * (part + 1) / parts {
+            let x = &self.x[row * self.inputs..][..self.inputs];
+            // SAFETY: each part has rows of its own.
+            let (values, sums) = unsafe {
+                (self.values.part(N * row * words, N * words), self.sums.part(row * groups, groups))
+            };
+            for (x, values) in x.chunks(NIBBLES).zip(values.as_chunks_mut::<N>().0) {
+                *values = of_word(x);
+            }
+            for (x, sum) in x.chunks(self.group).zip(sums) {
+                *sum = x.iter().map(|value| value.load()).sum();
+            }
         }
     }
 }

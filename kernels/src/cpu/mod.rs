@@ -89,7 +89,7 @@ impl Device for Cpu {
     // changes of the arithmetic.
     fn numerics(&self, element: Element) -> String {
         match element {
-            Element::Bf16 => format!("{}-2-bf16", self.name),
+            Element::Bf16 => format!("{}-3-bf16", self.name),
             _ => format!("cpu-2-{}", element.as_str()),
         }
     }
@@ -372,13 +372,9 @@ impl Stream for CpuStream {
             #[cfg(target_arch = "x86_64")]
             (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx512) => self.linear_int4_pairs(call, group),
             #[cfg(target_arch = "x86_64")]
-            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2) => {
-                self.linear_int4::<form::Fused, true>(call, group)
-            }
-            (LinearForm::Int4 { group }, Element::Bf16, _) => {
-                self.linear_int4::<form::Widened, false>(call, group)
-            }
-            (LinearForm::Int4 { group }, ..) => self.linear_int4::<form::Exact, false>(call, group),
+            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2) => self.linear_int4_shifted(call, group),
+            (LinearForm::Int4 { group }, Element::Bf16, _) => self.linear_int4::<form::Widened>(call, group),
+            (LinearForm::Int4 { group }, ..) => self.linear_int4::<form::Exact>(call, group),
         }
     }
 

@@ -6,7 +6,7 @@ use tandem_device::{Buffer, Epilogue, Linear, LinearCall, Logits};
 
 use super::factor::{self, Factor, Int4, Int8, Int8Rows, Quantise, RowForm};
 #[cfg(target_arch = "x86_64")]
-use super::factor::{Int4Pairs, Int4Rows, Pair};
+use super::factor::{Int4Pairs, Int4Rows, Int4Shifted, NIBBLES, Pair, Shift};
 use super::form::Form;
 use super::{Cpu, CpuStream, expect, linear};
 use crate::memory::{Shared, slice};
@@ -132,11 +132,7 @@ impl CpuStream {
     }
 
     /// 4-bit integers: weights become numbers on the way.
-    pub(super) fn linear_int4<F: Form<Input = f32>, const FUSED: bool>(
-        &mut self,
-        call: LinearCall<'_>,
-        group: usize,
-    ) {
+    pub(super) fn linear_int4<F: Form<Input = f32>>(&mut self, call: LinearCall<'_>, group: usize) {
         let (count, inputs) = (call.count, call.weight.inputs);
         let to = stored::<F::Stored>(&call);
         expect(call.x, count * inputs);
@@ -145,7 +141,7 @@ impl CpuStream {
         let x = unsafe { &slice::<F::Stored>(call.x)[..count * inputs] };
         let x = F::inputs(x, &mut wide, |stored, wide| self.cpu.widen(stored, wide));
         let packed = call.weight.scales.as_ref().expect("packed integers have scales");
-        let factor = Int4::<F::Stored, FUSED> {
+        let factor = Int4::<F::Stored> {
             x,
             inputs,
             group,
@@ -172,14 +168,14 @@ impl CpuStream {
             x: unsafe { &slice(call.x)[..count * inputs] },
             inputs,
             group,
-            pairs: Shared::over(&mut pairs),
+            values: Shared::over(&mut pairs),
             sums: Shared::over(&mut sums),
         };
         let isa = self.cpu.isa;
         self.cpu.run(count * inputs, &|part, parts| factor::pair(isa, &job, part, parts));
         let packed = call.weight.scales.as_ref().expect("packed integers have scales");
         let factor = Int4Pairs {
-            rows: Int4Rows { pairs: &pairs, sums: &sums },
+            rows: Int4Rows { values: &pairs, sums: &sums },
             inputs,
             group,
             panels: Shared::of(&call.weight.values),
@@ -187,6 +183,38 @@ impl CpuStream {
         };
         self.cpu.product(factor, count, call.weight, call.bias, call.epilogue, to);
         (self.narrow, self.wide) = (pairs, sums);
+    }
+
+    /// 4-bit integers on AVX2: products with the integers themselves.
+    #[cfg(target_arch = "x86_64")]
+    pub(super) fn linear_int4_shifted(&mut self, call: LinearCall<'_>, group: usize) {
+        let (count, inputs) = (call.count, call.weight.inputs);
+        let to = stored::<Bf16>(&call);
+        expect(call.x, count * inputs);
+        let (words, groups) = (inputs.div_ceil(NIBBLES), inputs.div_ceil(group));
+        let mut wide = std::mem::take(&mut self.wide);
+        wide.resize(wide.len().max(count * (NIBBLES * words + groups)), 0.0);
+        let (values, sums) = wide.split_at_mut(NIBBLES * count * words);
+        let job = Shift {
+            // SAFETY: as in `embed_as`.
+            x: unsafe { &slice(call.x)[..count * inputs] },
+            inputs,
+            group,
+            values: Shared::over(values),
+            sums: Shared::over(sums),
+        };
+        let isa = self.cpu.isa;
+        self.cpu.run(count * inputs, &|part, parts| factor::shift(isa, &job, part, parts));
+        let packed = call.weight.scales.as_ref().expect("packed integers have scales");
+        let factor = Int4Shifted {
+            rows: Int4Rows { values, sums },
+            inputs,
+            group,
+            panels: Shared::of(&call.weight.values),
+            scales: Shared::of(packed),
+        };
+        self.cpu.product(factor, count, call.weight, call.bias, call.epilogue, to);
+        self.wide = wide;
     }
 }
 
