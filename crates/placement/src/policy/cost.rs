@@ -117,7 +117,10 @@ fn least(missed: impl Iterator<Item = f64>) -> f64 {
 
 /// Seconds per token where so many sequences decode over `context` tokens in all. Those who find no row take turns.
 fn token_seconds(model: &StepTime, rows: f64, context: f64, rows_max: u32) -> f64 {
-    let turns = if rows_max > 0 { (rows / f64::from(rows_max)).max(1.0) } else { 1.0 };
+    if rows_max == 0 || rows <= f64::from(rows_max) {
+        return model.step(rows, 0.0, context);
+    }
+    let turns = rows / f64::from(rows_max);
     turns * model.step(rows / turns, 0.0, context / turns)
 }
 
@@ -300,14 +303,15 @@ impl Cost {
         let (rows, expected) = (f64::from(c.decodes), request.expected());
         let own = f64::from(request.prompt_tokens) + expected / 2.0;
         let context = c.decode_tokens as f64;
-        let before = token_seconds(&model, rows, context, c.rows_max);
         let after = token_seconds(&model, rows + 1.0, context + own, c.rows_max);
         let mut terms = Terms::default();
         let lost = self.tuning.miss_seconds;
         let target = request.token_target();
         let mut missed = self.miss(after, target);
         terms.token_loss = lost * missed + after;
-        if rows > 0.0 {
+        // Where this one is sure to meet the target, those there now are too.
+        if rows > 0.0 && missed > 0.0 {
+            let before = token_seconds(&model, rows, context, c.rows_max);
             terms.harm = lost * rows * (missed - self.miss(before, target));
         }
         if matches!(c.role, Role::Prefill) {
@@ -536,20 +540,18 @@ impl Policy for Cost {
         let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), missed: 0.0, cost: 0.0 };
         let from = prefill.filter(|&at| at < candidates.len());
         let equal = self.tuning.equal_seconds;
-        let (mut least, mut costs) = (f64::INFINITY, Vec::new());
-        for (at, c) in candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode) {
-            let d = self.decode_part(at, c, request);
-            // The way there only adds to its cost.
-            if d.cost > least + equal && !costs.is_empty() {
-                continue;
-            }
-            let cost = match from {
-                Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &d, request, candidates).sum(),
-                None => d.cost,
-            };
-            least = least.min(cost);
-            costs.push((at, cost));
-        }
+        let able = (0..candidates.len()).filter(|&at| candidates[at].role != Role::Encode);
+        let part = |at: usize| self.decode_part(at, &candidates[at], request);
+        let whole = |at: usize| match from {
+            Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &part(at), request, candidates).sum(),
+            None => part(at).cost,
+        };
+        // The way there only adds to a cost: whoever costs more without it than another does with it is out.
+        let parts: Vec<(usize, f64)> = able.map(|at| (at, part(at).cost)).collect();
+        let first = parts.iter().min_by(|a, b| a.1.total_cmp(&b.1))?.0;
+        let most = whole(first) + equal;
+        let near = parts.iter().filter(|(at, cost)| *at == first || *cost <= most);
+        let costs: Vec<(usize, f64)> = near.map(|(at, _)| (*at, whole(*at))).collect();
         in_turn(costs, equal, request.ordinal).map(|(at, _)| at)
     }
 
