@@ -4,6 +4,8 @@
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, sync_channel};
+use std::time::Duration;
 
 use crate::case::Case;
 use crate::gguf::Form;
@@ -12,11 +14,14 @@ use crate::machine::Took;
 /// Loads the model, says `ready` and the library's version, and answers one line for each line of its input.
 const PROGRAM: &str = include_str!("llama.py");
 
+/// Longer than any answer takes on a machine that could measure at all.
+const PATIENCE: Duration = Duration::from_secs(1800);
+
 /// The process, with a model loaded.
 pub(crate) struct Llama {
     child: Child,
     ask: ChildStdin,
-    answers: BufReader<ChildStdout>,
+    answers: Receiver<String>,
     /// Version, and the instructions that it was built for.
     pub(crate) facts: String,
 }
@@ -36,7 +41,7 @@ impl Llama {
             .spawn()
             .map_err(|error| format!("{}: {error}", python.display()))?;
         let ask = child.stdin.take().expect("it was asked for");
-        let answers = BufReader::new(child.stdout.take().expect("it was asked for"));
+        let answers = lines(child.stdout.take().expect("it was asked for"));
         let mut llama = Llama { child, ask, answers, facts: String::new() };
         llama.facts = llama.answer()?.strip_prefix("ready ").ok_or("it is not ready")?.to_owned();
         Ok(llama)
@@ -71,21 +76,37 @@ impl Llama {
     /// What it says next, among what its library says.
     fn answer(&mut self) -> Result<String, String> {
         loop {
-            let mut line = String::new();
-            match self.answers.read_line(&mut line) {
-                Ok(0) => {
+            let line = match self.answers.recv_timeout(PATIENCE) {
+                Ok(line) => line,
+                Err(RecvTimeoutError::Timeout) => {
+                    let _ = self.child.kill();
+                    return Err(format!("no answer in {} s", PATIENCE.as_secs()));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
                     let status = self.child.wait().map_err(|error| error.to_string())?;
                     return Err(format!("the process ended with {status}"));
                 }
-                Ok(_) => {}
-                Err(error) => return Err(error.to_string()),
-            }
+            };
             if let Some(line) = line.strip_prefix("tandem: ") {
                 let line = line.trim();
                 return line.strip_prefix("failed ").map_or(Ok(line.to_owned()), |why| Err(why.to_owned()));
             }
         }
     }
+}
+
+/// What is said there, line by line, until it ends or nobody listens.
+fn lines(from: ChildStdout) -> Receiver<String> {
+    let (send, lines) = sync_channel(16);
+    std::thread::spawn(move || {
+        for line in BufReader::new(from).lines() {
+            let Ok(line) = line else { return };
+            if send.send(line).is_err() {
+                return;
+            }
+        }
+    });
+    lines
 }
 
 impl Drop for Llama {

@@ -33,6 +33,20 @@ use tandem_engine::Quantization;
 /// Tokens after which llama.cpp's logits are compared with ours.
 const CHECKED: u32 = 32;
 
+const HELP: &str = "\
+Tokens per second of the engine on a random checkpoint of Qwen3-0.6B's shape, as shares of this machine's limits.
+
+  --threads N           threads to compute with; one for each processor without it
+  --rounds N            how often everything is measured, 5 without it
+  --quick               one round
+  --only TEXT           only cases whose name contains this, as in \"batch 8 context 128\" or \"prefill\"
+  --quantization FORM   weights of the layers: auto (as they are), w8a8 or int4
+  --llama PYTHON        also measure llama.cpp, with a Python that has llama-cpp-python
+  --plot FILE           a picture of the cases under the roofline, as SVG
+  --load                how long loading takes, and what memory it leaves in use, instead
+  --neighbours          what is left of the speed beside a busy process for each thread, instead
+  --quality DIR         how far quantised weights of this checkpoint stray from bf16, instead; can be repeated";
+
 struct Options {
     threads: usize,
     rounds: usize,
@@ -56,6 +70,10 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments == [neighbours::BUSY] {
         neighbours::be_busy();
+    }
+    if arguments.iter().any(|argument| argument == "--help" || argument == "-h") {
+        println!("{HELP}");
+        return ExitCode::SUCCESS;
     }
     match options(&arguments).and_then(|options| run(&options)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -106,10 +124,7 @@ fn options(arguments: &[String]) -> Result<Options, String> {
                 options.quantization = arguments.next().map_or("", String::as_str).parse()?;
             }
             wrong => {
-                return Err(format!(
-                    "unknown option `{wrong}`: there are --threads N, --rounds N, --only TEXT, --quantization \
-                     FORM, --llama, --load, --neighbours, --plot FILE, --quality DIR and --quick"
-                ));
+                return Err(format!("unknown option `{wrong}`; --help names those there are"));
             }
         }
     }
@@ -154,7 +169,11 @@ fn speed(options: &Options, cases: &[Case]) -> Result<(), String> {
             let tokens = (case.steps() * case.tokens()) as f64;
             let rate = |took: Took| options.threads as f64 * tokens / took.cpu;
             let took = subject.measure(case)?;
-            let theirs = llama.as_mut().map(|llama| llama.measure(case)).transpose()?;
+            let theirs = llama.as_mut().map(|llama| llama.measure(case)).transpose().unwrap_or_else(|why| {
+                eprintln!("{why}; it is not measured any more");
+                llama = None;
+                None
+            });
             let figure = Figure {
                 cpu: rate(took),
                 wall: tokens / took.wall,
@@ -283,14 +302,14 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_wrong_option_names_the_right_ones() {
+    fn a_wrong_option_is_refused_by_name() {
         let options = |line: &str| {
             options(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
                 .map(|o| (o.threads, o.rounds))
         };
         assert_eq!(options("--threads 3 --quick"), Ok((3, 1)));
         assert_eq!(options("--rounds 0").unwrap_err(), "--rounds needs a number above zero");
-        assert!(options("--fast").unwrap_err().contains("--quality DIR and --quick"));
+        assert_eq!(options("--fast").unwrap_err(), "unknown option `--fast`; --help names those there are");
         assert!(options("--quantization int3").unwrap_err().contains("expected auto, w8a8 or int4"));
     }
 
