@@ -3,7 +3,7 @@
 use std::fmt;
 use std::time::Duration;
 
-use tandem_types::ServiceClass;
+use tandem_types::{Role, ServiceClass};
 
 use crate::candidate::sane_seconds;
 use crate::cost::Cost;
@@ -116,15 +116,15 @@ pub fn admit(
     if waiting >= waiting_max {
         return shed(Reason::Queue { waiting, most: waiting_max }, 1.0);
     }
-    let able: Vec<&Candidate> = candidates.iter().filter(|c| c.role != tandem_types::Role::Encode).collect();
-    if able.is_empty() {
+    let able = || candidates.iter().filter(|c| c.role != Role::Encode);
+    if able().next().is_none() {
         return shed(Reason::Nobody, 1.0);
     }
     if request.class == ServiceClass::Offline {
         // What is not a number is taken for full.
         let of =
-            |c: &&Candidate| if c.kv_usage.is_nan() { 1.0 } else { f64::from(c.kv_usage.clamp(0.0, 1.0)) };
-        let usage = able.iter().map(of).sum::<f64>() / able.len() as f64;
+            |c: &Candidate| if c.kv_usage.is_nan() { 1.0 } else { f64::from(c.kv_usage.clamp(0.0, 1.0)) };
+        let usage = able().map(of).sum::<f64>() / able().count() as f64;
         return if usage > limits.offline_kv_usage {
             shed(Reason::Full { usage }, 5.0)
         } else {
@@ -134,7 +134,7 @@ pub fn admit(
     let (first, others) = Cost::default().chances(request, candidates);
     let chance = first * others;
     if chance < limits.chance_least {
-        let wait = able.iter().map(|c| sane_seconds(c.timely_seconds)).fold(f64::INFINITY, f64::min);
+        let wait = able().map(|c| sane_seconds(c.timely_seconds)).fold(f64::INFINITY, f64::min);
         let target = request.first_token_target();
         let reason = if first <= others {
             Reason::FirstToken { chance, wait, target }

@@ -173,11 +173,9 @@ impl Cost {
     /// target that it meets there, so that only the work of others counts against it. 1 where no worker has measured
     /// itself yet.
     pub(crate) fn chances(&self, request: &Request, candidates: &[Candidate]) -> (f64, f64) {
-        let known: Vec<(&Candidate, StepTime)> = candidates
-            .iter()
-            .filter(|c| c.role != Role::Encode)
-            .filter_map(|c| Some((c, c.sane_model()?)))
-            .collect();
+        let able = candidates.iter().filter(|c| c.role != Role::Encode);
+        let mut known: Vec<(&Candidate, StepTime)> = Vec::with_capacity(candidates.len());
+        known.extend(able.filter_map(|c| Some((c, c.sane_model()?))));
         let tokens = request.prompt_tokens;
         let context = f64::from(tokens) + request.expected();
         let alone = |of: &dyn Fn(&Candidate, &StepTime) -> f64| {
