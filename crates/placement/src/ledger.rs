@@ -43,15 +43,17 @@ pub struct Prompt {
 /// Prompts without an answer: each has a place, where it is found without a search.
 #[derive(Clone, Debug, Default)]
 struct Open {
-    places: Vec<Option<(u32, Prompt)>>,
+    /// Each with the number of its turn.
+    places: Vec<Option<(u64, Prompt)>>,
     /// Places that nobody has.
     free: Vec<usize>,
     /// Where the prompt of each leg is.
     by_leg: HashMap<u32, usize>,
+    turns: u64,
 }
 
-/// A prompt's turn: its leg, and its place among those that are open.
-type Turn = (u32, usize);
+/// A prompt's turn: a number that no other has, and its place among those that are open.
+type Turn = (u64, usize);
 
 impl Open {
     fn insert(&mut self, leg: u32, prompt: Prompt) -> Turn {
@@ -59,9 +61,10 @@ impl Open {
         if at == self.places.len() {
             self.places.push(None);
         }
-        self.places[at] = Some((leg, prompt));
+        self.turns += 1;
+        self.places[at] = Some((self.turns, prompt));
         self.by_leg.insert(leg, at);
-        (leg, at)
+        (self.turns, at)
     }
 
     fn get_mut(&mut self, leg: u32) -> Option<&mut Prompt> {
@@ -76,8 +79,8 @@ impl Open {
     }
 
     /// The prompt whose turn this is, unless it is over.
-    fn of(&self, (leg, at): Turn) -> Option<&Prompt> {
-        self.places[at].as_ref().filter(|(of, _)| *of == leg).map(|(_, prompt)| prompt)
+    fn of(&self, (number, at): Turn) -> Option<&Prompt> {
+        self.places[at].as_ref().filter(|(of, _)| *of == number).map(|(_, prompt)| prompt)
     }
 
     fn len(&self) -> usize {
@@ -386,6 +389,31 @@ mod tests {
         near(load.queue_seconds, load.timely_seconds + prompt(32_768, 0).seconds);
         let by_arrival = ledger.load(None, at(0));
         near(by_arrival.timely_seconds, by_arrival.queue_seconds);
+    }
+
+    #[test]
+    fn a_leg_that_comes_again_has_one_turn() {
+        let (short, long) = (prompt(4096, 0).seconds, prompt(8192, 0).seconds);
+        let short_by = |seconds: f64| prompt(4096, (1e3 * seconds) as u64);
+        // In time behind two short ones, not behind three.
+        let last = prompt(8192, (1e3 * (2.5 * short + long)) as u64);
+        let mut ledger = Ledger::default();
+        ledger.prompt_sent(1, short_by(1.5 * short), at(0));
+        ledger.prompt_sent(2, short_by(3.5 * short), at(0));
+        ledger.prompt_over(2, at(0));
+        ledger.prompt_sent(2, short_by(3.5 * short), at(0));
+        ledger.prompt_sent(3, last, at(0));
+        let all = 2.0 * short + long;
+        near(ledger.load(DEADLINE, at(0)).timely_seconds, all);
+        // Turns of those that are over are let go, and a name that is taken stands for one prompt.
+        for _ in 0..1_000 {
+            ledger.prompt_over(3, at(0));
+            ledger.prompt_sent(3, last, at(0));
+        }
+        assert!(ledger.line.len() <= 2 * 3 + LINE_SPARE + 1 && ledger.open.places.len() == 3);
+        ledger.prompt_sent(3, last, at(0));
+        near(ledger.load(DEADLINE, at(0)).timely_seconds, all);
+        near(queue(&mut ledger, at(0)), all);
     }
 
     #[test]
