@@ -124,7 +124,7 @@ pub struct SimConfig {
     #[arg(long, value_name = "SECTIONS", num_args = 0..=1, default_missing_value = "all")]
     benchmarks: Option<String>,
     /// Of the tables, only the rows whose name contains this
-    #[arg(long, value_name = "TEXT", default_value = "")]
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     rows: String,
     /// How many seeds and windows they take
     #[arg(long, default_value_t = 5)]
