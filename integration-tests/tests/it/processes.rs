@@ -143,6 +143,8 @@ fn a_wrong_option_is_answered_by_the_right_one() {
         (&["bench", "--concurency", "4"], "--concurrency"),
         (&["bench"], "exactly one of --concurrency N, --rate R and --trace FILE"),
         (&["sim", "--split", "3P3D"], "not a split of 8 workers"),
+        (&["sim", "--benchmarks", "speed", "--rows", "x"], "which is made whole"),
+        (&["sim", "--benchmarks", "shift", "--rows", "x"], "no row's name contains \"x\""),
         (&["up", "--encoder", "1"], "no encoder"),
         (&["worker", "--model", "x"], "--etcd URL"),
     ] {

@@ -123,9 +123,9 @@ pub struct SimConfig {
     /// Make the tables of docs/benchmarks.md instead: targets, xllm, shift, general, cache, offline, flaws, speed
     #[arg(long, value_name = "SECTIONS", num_args = 0..=1, default_missing_value = "all")]
     benchmarks: Option<String>,
-    /// Of the tables, only the rows whose name contains this
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    rows: String,
+    /// Only those rows of targets, xllm, shift, general or flaws whose name contains this
+    #[arg(long, value_name = "TEXT", requires = "benchmarks")]
+    rows: Option<String>,
     /// How many seeds and windows they take
     #[arg(long, default_value_t = 5)]
     rounds: usize,

@@ -41,7 +41,8 @@ Tokens per second of the engine on a random checkpoint of Qwen3-0.6B's shape, as
   --quick               one round
   --only TEXT           only cases whose name contains this, as in \"batch 8 context 128\" or \"prefill\"
   --quantization FORM   weights of the layers: auto (as they are), w8a8 or int4
-  --llama PYTHON        also measure llama.cpp, with a Python that has llama-cpp-python
+  --llama PYTHON        also measure llama.cpp, with a Python that has llama-cpp-python (`cargo xtask bench engine
+                        --llama` makes one and names it)
   --plot FILE           a picture of the cases under the roofline, as SVG
   --load                how long loading takes, and what memory it leaves in use, instead
   --neighbours          what is left of the speed beside a busy process for each thread, instead

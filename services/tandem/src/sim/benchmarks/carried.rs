@@ -75,6 +75,7 @@ pub fn targets(bench: &Bench) -> Result<String, String> {
     let mean = (logs / rows.len() as f64).exp();
     let mean = match rows.len() {
         5 => format!("Geometric mean of the five ratios: {mean:.3}; goal {}.", verdict(mean, 1.0)),
+        0 => String::new(),
         some => format!("Geometric mean of {some} ratios: {mean:.3}."),
     };
     Ok(format!("### Every target\n\n{}\n{mean}\n", table(&HEAD, &rows)))

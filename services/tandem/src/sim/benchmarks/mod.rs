@@ -12,7 +12,7 @@ mod speed;
 
 use std::path::PathBuf;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use tandem_simulator::scenario::{Arrivals, Scenario};
@@ -28,17 +28,19 @@ struct Section {
     name: &'static str,
     /// Makes it.
     make: fn(&Bench) -> Result<String, String>,
+    /// Whether its rows can be made one by one.
+    by_row: bool,
 }
 
 const SECTIONS: [Section; 8] = [
-    Section { name: "targets", make: carried::targets },
-    Section { name: "xllm", make: carried::xllm },
-    Section { name: "shift", make: carried::shift },
-    Section { name: "general", make: carried::general },
-    Section { name: "cache", make: held::cache },
-    Section { name: "offline", make: held::offline },
-    Section { name: "flaws", make: flaws::flaws },
-    Section { name: "speed", make: speed::speed },
+    Section { name: "targets", make: carried::targets, by_row: true },
+    Section { name: "xllm", make: carried::xllm, by_row: true },
+    Section { name: "shift", make: carried::shift, by_row: true },
+    Section { name: "general", make: carried::general, by_row: true },
+    Section { name: "cache", make: held::cache, by_row: false },
+    Section { name: "offline", make: held::offline, by_row: false },
+    Section { name: "flaws", make: flaws::flaws, by_row: true },
+    Section { name: "speed", make: speed::speed, by_row: false },
 ];
 
 /// Share of requests that must meet both targets.
@@ -50,6 +52,8 @@ struct Bench {
     traces: PathBuf,
     /// What a row's name must contain.
     rows: String,
+    /// Whether one did.
+    found: AtomicBool,
     bar: Bar,
 }
 
@@ -64,15 +68,24 @@ pub fn main(config: &SimConfig, names: &str) -> Result<(), String> {
     let bench = Bench {
         rounds: config.rounds.max(1),
         traces: config.traces.clone(),
-        rows: config.rows.clone(),
+        rows: config.rows.clone().unwrap_or_default(),
+        found: AtomicBool::new(false),
         bar: Bar::of_unknown_length(),
     };
+    let by_row = config.rows.is_some();
     for section in SECTIONS {
-        if names.split(',').any(|name| name == "all" || name == section.name) {
+        let named = names.split(',').any(|name| name == section.name);
+        if by_row && named && !section.by_row {
+            return Err(format!("--rows cannot pick from {}, which is made whole", section.name));
+        }
+        if named || (names.split(',').any(|name| name == "all") && (section.by_row || !by_row)) {
             let text = (section.make)(&bench)?;
             bench.bar.end();
             println!("{text}");
         }
+    }
+    if by_row && !bench.found.load(Ordering::Relaxed) {
+        return Err(format!("no row's name contains {:?}; without --rows all are made", bench.rows));
     }
     Ok(())
 }
@@ -195,7 +208,9 @@ impl Bench {
 
     /// Whether a row of this name is to be made.
     fn wants(&self, label: &str) -> bool {
-        label.contains(&self.rows)
+        let wanted = label.contains(&self.rows);
+        self.found.fetch_or(wanted, Ordering::Relaxed);
+        wanted
     }
 
     fn round(
