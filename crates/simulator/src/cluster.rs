@@ -17,7 +17,7 @@ use crate::cache::{self, Cache};
 use crate::options::{Batching, Fault, Offline, Options, Split};
 use crate::random;
 use crate::real::Real;
-use crate::report::{Outcome, Sample, Served};
+use crate::report::{self, Outcome, Sample, Served};
 use crate::twin::{DecodeJob, Happened, JobId, PromptJob, Twin};
 use crate::worker::{Batcher, Worker};
 use crate::workload::{TRACE_BLOCK_TOKENS, Workload};
@@ -113,6 +113,8 @@ struct Job {
     /// How often it was refused.
     refused: u8,
     ok: bool,
+    /// Whether it is counted as one that cannot meet its targets any more.
+    missed: bool,
 }
 
 /// A cluster with its work.
@@ -143,6 +145,11 @@ pub struct Cluster<'a> {
     changes: Vec<Change>,
     hash: u64,
     sampled: (usize, usize),
+    /// Online requests that met both targets, and those that cannot any more.
+    met: usize,
+    missed: usize,
+    /// The first request that may be in time for its first token, as far as anybody has looked.
+    timely: usize,
 }
 
 impl<'a> Cluster<'a> {
@@ -184,6 +191,9 @@ impl<'a> Cluster<'a> {
             changes: Vec::new(),
             hash: random::mix(options.seed),
             sampled: (0, 0),
+            met: 0,
+            missed: 0,
+            timely: 0,
         };
         for role in options.roles() {
             cluster.add_worker(role);
@@ -193,7 +203,27 @@ impl<'a> Cluster<'a> {
 
     /// Runs to the end.
     pub fn run(mut self) -> Outcome {
-        let end = self.workload.arrivals.last().map_or(Time::ZERO, |last| last.at);
+        self.start();
+        while self.advance() {}
+        self.finish()
+    }
+
+    /// Whether at least `target` of the online requests meet both targets. Says what [`Cluster::run`] would come to,
+    /// but runs only until it is certain: a cluster that is far from it is soon done.
+    pub fn holds(mut self, target: f64) -> bool {
+        let online = report::online(self.workload);
+        let share = |met: usize| report::share(met, online);
+        self.start();
+        while share(self.met) < target {
+            self.count_overdue();
+            if share(online - self.missed) < target || !self.advance() {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn start(&mut self) {
         if self.options.planner || self.is_cost || self.learns() {
             self.at(Time::ZERO + PLANNER_TICK, Event::Plan);
         }
@@ -215,29 +245,52 @@ impl<'a> Cluster<'a> {
                 self.at(Time(worker as u64), Event::Report { worker: worker as u32 });
             }
         }
-        let stop = if self.options.as_reference { Time::MAX } else { end + DRAIN };
-        loop {
-            let due = self.events.peek().map(|due| due.at);
-            let arrival = self.workload.arrivals.get(self.next).map(|arrival| arrival.at);
-            match (arrival, due) {
-                (Some(arrival), due) if due.is_none_or(|due| arrival <= due) => {
-                    self.now = arrival;
-                    self.arrive();
+    }
+
+    /// Takes in what is next, or says that nothing is.
+    fn advance(&mut self) -> bool {
+        let due = self.events.peek().map(|due| due.at);
+        let arrival = self.workload.arrivals.get(self.next).map(|arrival| arrival.at);
+        match (arrival, due) {
+            (Some(arrival), due) if due.is_none_or(|due| arrival <= due) => {
+                self.now = arrival;
+                self.arrive();
+            }
+            (_, Some(due)) => {
+                let end = self.last_arrival();
+                let stop = if self.options.as_reference { Time::MAX } else { end + DRAIN };
+                let idle = self.next == self.workload.arrivals.len() && self.open_online == 0;
+                if due > stop || (idle && self.is_over(due > end)) {
+                    return false;
                 }
-                (_, Some(due)) => {
-                    let idle = self.next == self.workload.arrivals.len() && self.open_online == 0;
-                    if due > stop || (idle && self.is_over(due > end)) {
-                        break;
-                    }
-                    let Due { at, event, .. } = self.events.pop().expect("peeked");
-                    self.now = at;
-                    self.handle(event);
-                }
-                (None, None) => break,
-                (Some(_), None) => unreachable!("an arrival without other events is the first arm"),
+                let Due { at, event, .. } = self.events.pop().expect("peeked");
+                self.now = at;
+                self.handle(event);
+            }
+            (None, None) => return false,
+            (Some(_), None) => unreachable!("an arrival without other events is the first arm"),
+        }
+        true
+    }
+
+    fn last_arrival(&self) -> Time {
+        self.workload.arrivals.last().map_or(Time::ZERO, |last| last.at)
+    }
+
+    /// Counts those that have no first token when it is due, in order of arrival.
+    fn count_overdue(&mut self) {
+        while self.timely < self.next {
+            let (job, arrival) = (&mut self.jobs[self.timely], &self.workload.arrivals[self.timely]);
+            if arrival.at + self.options.first_token >= self.now {
+                break;
+            }
+            self.timely += 1;
+            let open = job.stage != Stage::Over && job.made == 0;
+            if open && arrival.class == ServiceClass::Online {
+                job.missed = true;
+                self.missed += 1;
             }
         }
-        self.finish(end)
     }
 
     /// With no online work left, offline work goes on until the trace's end only.

@@ -26,3 +26,9 @@ pub use workload::{Trace, Workload};
 pub fn run(options: &Options, workload: &Workload) -> Result<Outcome, String> {
     Ok(Cluster::new(options, workload)?.run())
 }
+
+/// Whether at least `target` of a workload's online requests meet both targets, without running further than that
+/// takes.
+pub fn holds(options: &Options, workload: &Workload, target: f64) -> Result<bool, String> {
+    Ok(Cluster::new(options, workload)?.holds(target))
+}

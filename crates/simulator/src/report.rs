@@ -1,9 +1,10 @@
 //! What came of a run.
 
 use serde_json::{Value, json};
-use tandem_types::{Role, Time};
+use tandem_types::{Role, ServiceClass, Time};
 
 use crate::options::Batching;
+use crate::workload::Workload;
 
 /// An online request that has ended. Small: a day has millions.
 #[derive(Clone, Copy, Debug)]
@@ -115,11 +116,20 @@ impl Spread {
     }
 }
 
+/// Online requests of a workload.
+pub(crate) fn online(workload: &Workload) -> usize {
+    workload.arrivals.iter().filter(|arrival| arrival.class == ServiceClass::Online).count()
+}
+
+/// The share of requests that met their targets; of none, all.
+pub(crate) fn share(met: usize, requests: usize) -> f64 {
+    if requests == 0 { 1.0 } else { met as f64 / requests as f64 }
+}
+
 impl Outcome {
     /// Share of online requests that met both targets; unfinished ones did not.
     pub fn attainment(&self) -> f64 {
-        let met = self.served.iter().filter(|served| served.met).count();
-        if self.requests == 0 { 1.0 } else { met as f64 / self.requests as f64 }
+        share(self.served.iter().filter(|served| served.met).count(), self.requests)
     }
 
     /// Times to the first token, of all that ended.

@@ -1,16 +1,9 @@
 //! The highest scale that a cluster sustains.
 
-/// The highest scale at which `attainment_at` reaches `target`, to this precision (0.01 is 1 %). `guess` is
-/// where to look first.
+/// The highest scale that `holds`, to this precision (0.01 is 1 %). `guess` is where to look first.
 ///
 /// Attainment falls with load but for noise; the result is a scale that was tried and held.
-pub fn highest_scale(
-    mut attainment_at: impl FnMut(f64) -> f64,
-    target: f64,
-    precision: f64,
-    guess: f64,
-) -> f64 {
-    let mut holds = |scale: f64| attainment_at(scale) >= target;
+pub fn highest_scale(mut holds: impl FnMut(f64) -> bool, precision: f64, guess: f64) -> f64 {
     let (mut low, mut high) = (0.0, f64::INFINITY);
     let (mut at, mut step) = (guess.max(1e-3), 1.15f64);
     while low == 0.0 || high.is_infinite() {
@@ -43,9 +36,9 @@ mod tests {
     #[test]
     fn the_edge_is_found_from_any_guess() {
         for guess in [0.01, 1.0, 7.3, 7.4, 500.0] {
-            let found = highest_scale(|scale| if scale <= 7.35 { 0.95 } else { 0.85 }, 0.9, 0.01, guess);
+            let found = highest_scale(|scale| scale <= 7.35, 0.01, guess);
             assert!((7.27..=7.35).contains(&found), "{guess}: {found}");
         }
-        assert_eq!(highest_scale(|_| 0.0, 0.9, 0.01, 1.0), 0.0);
+        assert_eq!(highest_scale(|_| false, 0.01, 1.0), 0.0);
     }
 }

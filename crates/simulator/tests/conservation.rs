@@ -7,7 +7,7 @@ use proptest::prelude::*;
 use tandem_batching::pace::Order;
 use tandem_simulator::cache::Sizes;
 use tandem_simulator::workload::{Arrival, Workload};
-use tandem_simulator::{Fault, Options, Split, random, run};
+use tandem_simulator::{Fault, Options, Split, holds, random, run};
 use tandem_types::{ServiceClass, Time};
 
 /// Prompts that share prefixes: block `n` of a conversation, or of the one it branched off.
@@ -115,6 +115,22 @@ proptest! {
         }
         let again = run(&options, &workload).expect("the options are sound");
         prop_assert_eq!(outcome.log_hash, again.log_hash);
+    }
+
+    #[test]
+    fn whether_a_load_is_held_is_told_early_but_told_the_same(
+        workload in workload(),
+        options in options(),
+        first_ms in 1..3000u64,
+        token_ms in 1..60u64,
+        target in 0.0..=1.0f64,
+    ) {
+        let (first_token, per_token) = (Duration::from_millis(first_ms), Duration::from_millis(token_ms));
+        let options = Options { first_token, per_token, ..options };
+        let attained = run(&options, &workload).expect("the options are sound").attainment();
+        for target in [target, attained, attained + 1e-9] {
+            prop_assert_eq!(holds(&options, &workload, target), Ok(attained >= target), "{} of {}", attained, target);
+        }
     }
 
     #[test]

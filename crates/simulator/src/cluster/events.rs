@@ -286,17 +286,16 @@ impl Cluster<'_> {
         }
     }
 
-    pub(super) fn finish(mut self, end: Time) -> Outcome {
+    pub(super) fn finish(mut self) -> Outcome {
         for worker in &self.workers {
             worker.batcher.check_books();
         }
-        let online = self.workload.arrivals.iter().filter(|a| a.class == ServiceClass::Online);
-        self.outcome.requests = online.count();
+        self.outcome.requests = report::online(self.workload);
         self.outcome.unfinished = self.outcome.requests - self.outcome.served.len();
         self.outcome.offline_open =
             self.offline_open.iter().map(Vec::len).sum::<usize>() + self.offline.len();
         self.outcome.kv_blocks_left = self.workers.iter().map(|w| u64::from(w.batcher.blocks().0)).sum();
-        self.outcome.span = end;
+        self.outcome.span = self.last_arrival();
         self.outcome.ended = self.now;
         self.outcome.log_hash = self.hash;
         self.outcome.busy_seconds = self.workers.iter().map(|w| w.busy_seconds).sum();

@@ -17,6 +17,7 @@ impl<'a> Cluster<'a> {
             attempts: 0,
             refused: 0,
             ok: true,
+            missed: false,
         });
         let arrival = &self.workload.arrivals[id as usize];
         if arrival.class == ServiceClass::Offline {
@@ -398,6 +399,8 @@ impl<'a> Cluster<'a> {
         let gaps = (arrival.output.saturating_sub(1)).max(1);
         let per_token = job.last_at.since(job.first_at) / gaps;
         let met = job.ok && first <= self.options.first_token && per_token <= self.options.per_token;
+        self.met += usize::from(met);
+        self.missed += usize::from(!met && !job.missed);
         self.sampled.0 += usize::from(met);
         self.sampled.1 += 1;
         let per_token = if arrival.output > 1 { per_token.as_secs_f32() } else { f32::NAN };

@@ -118,16 +118,14 @@ pub fn best_scale<'a>(
     let mut best = (first, 0.0);
     for options in &planned.choices {
         bar.step(&format!("{} {}", planned.name, options.split));
-        let attainment = |scale: f64| {
-            let outcome = tandem_simulator::run(options, &scenario.workload(scale));
-            outcome.map_or(0.0, |outcome| outcome.attainment())
-        };
+        let holds =
+            |scale: f64| tandem_simulator::holds(options, &scenario.workload(scale), target).unwrap_or(false);
         // Whoever does not hold a little more than the best so far is not it.
-        if best.1 > 0.0 && attainment(best.1 * 1.005) < target {
+        if best.1 > 0.0 && !holds(best.1 * 1.005) {
             continue;
         }
         let guess = if best.1 > 0.0 { best.1 } else { guess };
-        let scale = search::highest_scale(attainment, target, 0.01, guess);
+        let scale = search::highest_scale(holds, 0.01, guess);
         if scale > best.1 {
             best = (options, scale);
         }
