@@ -204,9 +204,13 @@ impl Cost {
         if !target.is_finite() {
             return 0.0;
         }
+        // Most of a large cluster is far from the edge: no division for those, and no exponential.
+        let Tuning { edge, softness, .. } = self.tuning;
+        if predicted < (edge - CERTAIN * softness) * target * (1.0 - 1e-9) {
+            return 0.0;
+        }
         let ratio = if target > 0.0 { predicted / target } else { f64::INFINITY };
         let room = (self.tuning.edge - ratio) / self.tuning.softness;
-        // Most of a large cluster is far from the edge: no exponential for those.
         match room {
             _ if room > CERTAIN => 0.0,
             _ if room < -CERTAIN => 1.0,
@@ -227,6 +231,7 @@ impl Cost {
         pace::prompt_share(model, budget, most, decodes, c.decode_tokens as f64)
     }
 
+    #[inline(always)]
     fn prefill_part(
         &self,
         at: usize,
@@ -259,6 +264,7 @@ impl Cost {
     }
 
     /// Bringing what is held against computing it: the cheaper, as seconds to bring and tokens not to compute.
+    #[inline(always)]
     fn cheapest_prefix(
         &self,
         model: &StepTime,
@@ -296,6 +302,7 @@ impl Cost {
         (cheapest.0, cheapest.1)
     }
 
+    #[inline(always)]
     fn decode_part(&self, at: usize, c: &Candidate, request: &Request) -> DecodePart {
         let model = c.sane_model().unwrap_or(UNKNOWN);
         let (rows, expected) = (f64::from(c.decodes), request.expected());
