@@ -22,6 +22,9 @@ use crate::scalar::Scalar;
 const SPAN: usize = 256;
 /// Queries of a task, so that making panels is little beside using them.
 const QUERIES: usize = 96;
+/// Kv heads of a row that are computed together: their keys and values lie side by side, and memory is read fastest in
+/// stretches of about 64 KiB.
+pub(super) const TOGETHER: usize = 4;
 /// What making panels costs, in queries.
 const PANELS_COST: usize = 8;
 /// A share this much above the even one is worth splitting contexts for.
@@ -62,10 +65,17 @@ struct Block {
 
 struct Task {
     block: usize,
-    kv_head: usize,
+    heads: Heads,
     /// One span; without, all of them.
     span: Option<usize>,
     part: usize,
+}
+
+/// Kv heads that are computed together.
+#[derive(Clone, Copy)]
+struct Heads {
+    first: usize,
+    count: usize,
 }
 
 impl Block {
@@ -75,12 +85,14 @@ impl Block {
 }
 
 impl Plan {
-    /// Shares rows out to `parts`. Whole contexts where that is even enough, else span by span.
+    /// Shares rows out to `parts`. Whole contexts where that is even enough, else span by span. Of a row that is alone
+    /// in its block up to `together` kv heads are computed together, as many as can be shared out evenly.
     pub(super) fn new(
         positions: &[u32],
         sequences: &[u32],
         group: usize,
         kv_heads: usize,
+        together: usize,
         parts: usize,
     ) -> Plan {
         let rows_max = (QUERIES / group).max(1);
@@ -96,14 +108,22 @@ impl Plan {
             }
         }
         let whole = |block: &Block| std::iter::once((None, block.reach)).collect::<Vec<_>>();
-        let (tasks, share) = share_out(&blocks, group, kv_heads, parts, whole);
-        if share < UNEVEN || blocks.iter().all(|block| block.spans() == 1) {
-            return Plan { blocks, tasks, partials: 0 };
+        let mut together = together;
+        loop {
+            let (tasks, share) = share_out(&blocks, group, kv_heads, together, parts, whole);
+            let even = share < UNEVEN;
+            if even || (together == 1 && blocks.iter().all(|block| block.spans() == 1)) {
+                return Plan { blocks, tasks, partials: 0 };
+            }
+            if together == 1 {
+                break;
+            }
+            together /= 2;
         }
         let by_span = |block: &Block| -> Vec<_> {
             (0..block.spans()).map(|span| (Some(span), SPAN.min(block.reach - span * SPAN))).collect()
         };
-        let (tasks, _) = share_out(&blocks, group, kv_heads, parts, by_span);
+        let (tasks, _) = share_out(&blocks, group, kv_heads, 1, parts, by_span);
         let mut partials = 0;
         for block in &mut blocks {
             block.partial = partials;
@@ -118,6 +138,7 @@ fn share_out(
     blocks: &[Block],
     group: usize,
     kv_heads: usize,
+    together: usize,
     parts: usize,
     pieces: impl Fn(&Block) -> Vec<(Option<usize>, usize)>,
 ) -> (Vec<Task>, f64) {
@@ -126,10 +147,12 @@ fn share_out(
     // Backwards: of a long prompt the later rows see more and are better given out first.
     for (at, block) in blocks.iter().enumerate().rev() {
         for (span, tokens) in pieces(block) {
-            for kv_head in 0..kv_heads {
+            let together = if block.rows == 1 { together } else { 1 };
+            for first in (0..kv_heads).step_by(together) {
+                let heads = Heads { first, count: together.min(kv_heads - first) };
                 let part = (0..parts).min_by_key(|part| loads[*part]).expect("there are parts");
-                loads[part] += tokens * (block.rows * group + PANELS_COST);
-                tasks.push(Task { block: at, kv_head, span, part });
+                loads[part] += heads.count * tokens * (block.rows * group + PANELS_COST);
+                tasks.push(Task { block: at, heads, span, part });
             }
         }
     }
@@ -145,7 +168,7 @@ pub(super) struct Room<F: Form> {
     keys: Vec<F::Stored>,
     /// `[32 dimensions][panel]`.
     values: Vec<F::Stored>,
-    /// `[query of a tile][token]`.
+    /// `[query of a tile, or of a row][token]`.
     scores: Vec<f32>,
     /// The same, as they are multiplied with values.
     weights: Vec<F::Input>,
@@ -161,19 +184,22 @@ impl<F: Form> Room<F> {
             queries: Vec::new(),
             keys: Vec::new(),
             values: Vec::new(),
-            scores: vec![0.0; F::ROWS * SPAN],
-            weights: vec![F::Input::store(0.0); F::ROWS * SPAN],
+            scores: Vec::new(),
+            weights: Vec::new(),
             tile: Vec::new(),
             totals: Vec::new(),
         }
     }
 
-    fn fit(&mut self, queries: usize, width: usize) {
+    /// Makes room for a task of so many queries, of which `at_once` have their scores at the same time.
+    fn fit(&mut self, queries: usize, at_once: usize, width: usize) {
         let zero = F::Stored::store(0.0);
+        self.scores.resize(at_once * SPAN, 0.0);
+        self.weights.resize(at_once * SPAN, F::Input::store(0.0));
         self.queries.resize(queries * width, F::Input::store(0.0));
         self.keys.resize(SPAN / PANEL * panel_len::<F::Stored>(width), zero);
         self.values.resize(width.div_ceil(PANEL) * panel_len::<F::Stored>(SPAN), zero);
-        self.tile.resize(F::ROWS * partial_len(width), 0.0);
+        self.tile.resize(at_once * partial_len(width), 0.0);
         self.totals.resize(queries * partial_len(width), 0.0);
     }
 }
@@ -225,22 +251,22 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
         let block = &job.plan.blocks[task.block];
         let then = tasks.peek().map(|task| {
             let block = &job.plan.blocks[task.block];
-            stretch(job, block, task.kv_head, task.span.unwrap_or(0))
+            stretch(job, block, task.heads, task.span.unwrap_or(0))
         });
         let group = job.heads / job.pages.heads;
-        let queries = block.rows * group;
-        room.fit(queries, width);
+        let queries = block.rows * group * task.heads.count;
+        room.fit(queries, if block.rows == 1 { queries.max(F::ROWS) } else { F::ROWS }, width);
         for (query, to) in room.queries.chunks_exact_mut(width).enumerate() {
-            let from = &job.queries[at_query(job, block, task.kv_head, query)..][..width];
+            let from = &job.queries[at_query(job, block, task.heads, query)..][..width];
             for (to, from) in to.iter_mut().zip(from) {
                 *to = F::Input::store(from.load());
             }
         }
         if let Some(at) = task.span {
-            let first = block.partial + (task.kv_head * block.spans() + at) * queries;
+            let first = block.partial + (task.heads.first * block.spans() + at) * queries;
             // SAFETY: these partial results belong to this task alone.
             let partials = unsafe { job.partials.part(first * len, queries * len) };
-            span(job, block, stretch(job, block, task.kv_head, at), then, room, |query, partial| {
+            span(job, block, stretch(job, block, task.heads, at), then, room, |query, partial| {
                 partials[query * len..][..len].copy_from_slice(partial);
             });
             continue;
@@ -248,14 +274,13 @@ fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
         let mut totals = std::mem::take(&mut room.totals);
         for at in 0..block.spans() {
             let next = at + 1;
-            let then =
-                if next == block.spans() { then } else { Some(stretch(job, block, task.kv_head, next)) };
-            span(job, block, stretch(job, block, task.kv_head, at), then, room, |query, partial| {
+            let then = if next == block.spans() { then } else { Some(stretch(job, block, task.heads, next)) };
+            span(job, block, stretch(job, block, task.heads, at), then, room, |query, partial| {
                 merge(&mut totals[query * len..][..len], partial, at == 0);
             });
         }
         for (query, total) in totals.chunks_exact(len).enumerate() {
-            finish(job, block, task.kv_head, query, total);
+            finish(job, block, task.heads, query, total);
         }
         room.totals = totals;
     }
@@ -281,25 +306,25 @@ fn merge_spans_body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) 
                 let partial = unsafe { job.partials.read(first * len, len) };
                 merge(&mut total, partial, at == 0);
             }
-            finish(job, block, kv_head, query, &total);
+            finish(job, block, Heads { first: kv_head, count: 1 }, query, &total);
         }
     }
 }
 
-/// What one kv head has of a span.
+/// What some kv heads have of a span.
 #[derive(Clone, Copy)]
 struct Stretch {
     sequence: usize,
-    kv_head: usize,
+    heads: Heads,
     begin: usize,
     end: usize,
 }
 
 #[inline(always)]
-fn stretch<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, span: usize) -> Stretch {
+fn stretch<F: Form>(job: &Attention<'_, F>, block: &Block, heads: Heads, span: usize) -> Stretch {
     let begin = span * SPAN;
     let end = block.reach.min(begin + SPAN);
-    Stretch { sequence: job.sequences[block.first] as usize, kv_head, begin, end }
+    Stretch { sequence: job.sequences[block.first] as usize, heads, begin, end }
 }
 
 impl Stretch {
@@ -307,12 +332,18 @@ impl Stretch {
         self.end - self.begin
     }
 
-    /// The keys and values of its tokens from the `at`-th on, 32 or what there is.
+    /// Its pieces: 32 tokens of a head, then those of the next head, which lie beside them.
+    fn pieces(&self) -> usize {
+        self.tokens().div_ceil(PANEL) * self.heads.count
+    }
+
+    /// The keys and values of a piece, of 32 tokens or what there is.
     #[inline(always)]
-    fn rows<'a, F: Form>(&self, job: &'a Attention<'_, F>, at: usize) -> (&'a [F::Stored], &'a [F::Stored]) {
-        let position = self.begin + at;
+    fn piece<'a, F: Form>(&self, job: &'a Attention<'_, F>, at: usize) -> (&'a [F::Stored], &'a [F::Stored]) {
+        let position = self.begin + at / self.heads.count * PANEL;
+        let (head, tokens) = (self.heads.first + at % self.heads.count, PANEL.min(self.end - position));
         // SAFETY: KV up to a row's own position was written by earlier operations; nothing writes it now.
-        unsafe { job.pages.rows(self.sequence, position, self.kv_head, PANEL.min(self.end - position)) }
+        unsafe { job.pages.rows(self.sequence, position, head, tokens) }
     }
 }
 
@@ -324,9 +355,10 @@ fn reach<F: Form>(job: &Attention<'_, F>, block: &Block, query: usize) -> usize 
 
 /// The first element of a query, and of its result: queries are the heads of a row, then those of the next.
 #[inline(always)]
-fn at_query<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, query: usize) -> usize {
+fn at_query<F: Form>(job: &Attention<'_, F>, block: &Block, heads: Heads, query: usize) -> usize {
     let group = job.heads / job.pages.heads;
-    ((block.first + query / group) * job.heads + kv_head * group + query % group) * job.pages.width
+    let (row, query) = (query / (group * heads.count), query % (group * heads.count));
+    ((block.first + row) * job.heads + heads.first * group + query) * job.pages.width
 }
 
 /// The partial results of a span, of every query that sees some of it. `then` is what comes next.
@@ -342,7 +374,7 @@ fn span<F: Form>(
     let width = job.pages.width;
     let begin = now.begin;
     let queries = room.queries.len() / width;
-    if block.rows == 1 && F::takes_rows(queries, width) {
+    if block.rows == 1 && F::takes_rows(queries / now.heads.count, width) {
         of_a_row(job, now, then, room);
         for (query, partial) in room.tile.chunks_exact(partial_len(width)).take(queries).enumerate() {
             take(query, partial);
@@ -367,49 +399,51 @@ fn span<F: Form>(
     }
 }
 
-/// Where keys and values lie is looked up so many pieces of 32 tokens ahead: a walk through page tables takes as long
-/// as some reads.
-const FIND_AHEAD: usize = 2;
+/// Keys and values are fetched together so many pieces ahead, in the order in which they lie in memory: the longer one
+/// reads on in one place, the faster memory is.
+const FETCH_AHEAD: usize = 1;
+/// Where they lie is looked up so many pieces ahead: a walk through page tables takes as long as some reads.
+const FIND_AHEAD: usize = 4;
 
 /// The partial results of a single row's queries, which see the whole stretch. Nothing is made panels of.
 #[inline(always)]
 fn of_a_row<F: Form>(job: &Attention<'_, F>, now: Stretch, then: Option<Stretch>, room: &mut Room<F>) {
     let width = job.pages.width;
-    let (len, count) = (partial_len(width), now.tokens());
+    let (len, count, heads) = (partial_len(width), now.tokens(), now.heads.count);
     let queries = room.queries.len() / width;
-    let pieces = count.div_ceil(PANEL);
-    let piece = |at: usize| match then {
-        _ if at < pieces => Some(now.rows(job, at * PANEL)),
-        Some(then) if (at - pieces) * PANEL < then.tokens() => Some(then.rows(job, (at - pieces) * PANEL)),
+    let group = queries / heads;
+    let pieces = now.pieces();
+    let later = |at: usize| match then {
+        _ if at < pieces => Some(now.piece(job, at)),
+        Some(then) if at - pieces < then.pieces() => Some(then.piece(job, at - pieces)),
         _ => None,
     };
     for at in 0..pieces {
-        let (keys, _) = now.rows(job, at * PANEL);
-        let next = if at + 1 < pieces { now.rows(job, (at + 1) * PANEL).0 } else { now.rows(job, 0).1 };
-        piece(at + FIND_AHEAD).into_iter().for_each(Ahead::find);
-        let products = &mut room.scores[at * PANEL..];
+        let (keys, _) = now.piece(job, at);
+        later(at + FIND_AHEAD).into_iter().for_each(Ahead::find);
+        let ahead = later(at + FETCH_AHEAD).map_or(Ahead::NONE, Ahead::both);
+        let (first, token) = (at % heads * group, at / heads * PANEL);
+        let queries = &room.queries[first * width..][..group * width];
+        let products = &mut room.scores[first * SPAN + token..];
         // SAFETY: a form is used with its instruction set, and takes rows of these queries.
-        unsafe { F::products_of_rows(&room.queries, width, keys, Ahead::share(next, 0, 1), products, SPAN) };
+        unsafe { F::products_of_rows(queries, width, keys, ahead, products, SPAN) };
     }
+    let used = count.next_multiple_of(PANEL);
     for query in 0..queries {
-        let scores = &mut room.scores[query * SPAN..][..pieces * PANEL];
+        let scores = &mut room.scores[query * SPAN..][..used];
         scores.iter_mut().for_each(|score| *score *= job.scale);
-        let weights = &mut room.weights[query * SPAN..][..pieces * PANEL];
+        let weights = &mut room.weights[query * SPAN..][..used];
         let partial = &mut room.tile[query * len..][..len];
         (partial[0], partial[1]) = soften::<F>(scores, count, weights);
         partial[2..].fill(0.0);
     }
-    let sums = &mut room.tile[2..queries * len];
     for at in 0..pieces {
-        let (_, values) = now.rows(job, at * PANEL);
-        let next = match piece(at + 1) {
-            Some((_, values)) if at + 1 < pieces => values,
-            Some((keys, _)) => keys,
-            None => &[],
-        };
-        let (weights, ahead) = (&room.weights[at * PANEL..], Ahead::share(next, 0, 1));
+        let (_, values) = now.piece(job, at);
+        let (first, token) = (at % heads * group, at / heads * PANEL);
+        let weights = &room.weights[first * SPAN + token..];
+        let sums = &mut room.tile[first * len..][2..group * len];
         // SAFETY: as above.
-        unsafe { F::add_weighted_rows(weights, SPAN, values, width, ahead, sums, len) };
+        unsafe { F::add_weighted_rows(weights, SPAN, values, width, Ahead::NONE, sums, len) };
     }
 }
 
@@ -418,12 +452,12 @@ fn of_a_row<F: Form>(job: &Attention<'_, F>, now: Stretch, then: Option<Stretch>
 fn panels<F: Form>(job: &Attention<'_, F>, now: Stretch, then: Option<Stretch>, room: &mut Room<F>) {
     let width = job.pages.width;
     let (key_len, value_len) = (panel_len::<F::Stored>(width), panel_len::<F::Stored>(SPAN));
-    for at in 0..now.tokens().div_ceil(PANEL) {
-        let (keys, values) = now.rows(job, at * PANEL);
+    for at in 0..now.pieces() {
+        let (keys, values) = now.piece(job, at);
         // What comes next is fetched meanwhile.
         let (next_keys, next_values): (&[F::Stored], &[F::Stored]) = match then {
-            _ if (at + 1) * PANEL < now.tokens() => now.rows(job, (at + 1) * PANEL),
-            Some(then) => then.rows(job, 0),
+            _ if at + 1 < now.pieces() => now.piece(job, at + 1),
+            Some(then) => then.piece(job, 0),
             None => (&[], &[]),
         };
         // SAFETY: a form is used with its instruction set.
@@ -543,10 +577,10 @@ fn merge(total: &mut [f32], next: &[f32], first: bool) {
 }
 
 #[inline(always)]
-fn finish<F: Form>(job: &Attention<'_, F>, block: &Block, kv_head: usize, query: usize, total: &[f32]) {
+fn finish<F: Form>(job: &Attention<'_, F>, block: &Block, heads: Heads, query: usize, total: &[f32]) {
     let width = job.pages.width;
     // SAFETY: each query belongs to one task of one part.
-    let to = unsafe { job.to.part(at_query(job, block, kv_head, query), width) };
+    let to = unsafe { job.to.part(at_query(job, block, heads, query), width) };
     for (to, value) in to.iter_mut().zip(&total[2..]) {
         // Adding zero makes a negative zero, which unseen tokens might have left, positive.
         *to = F::Stored::store(value / total[1] + 0.0);
@@ -559,7 +593,7 @@ mod tests {
 
     #[test]
     fn contexts_are_split_only_where_whole_ones_cannot_be_shared_out_evenly() {
-        let plan = |positions: &[u32], parts| Plan::new(positions, &vec![0; positions.len()], 2, 8, parts);
+        let plan = |positions: &[u32], parts| Plan::new(positions, &vec![0; positions.len()], 2, 8, 4, parts);
         assert_eq!(plan(&[2047], 1).partials, 0);
         assert_eq!(plan(&[2047], 2).partials, 0);
         assert_eq!(plan(&[2047], 3).partials, 8 * 8 * 2);
@@ -567,13 +601,37 @@ mod tests {
     }
 
     #[test]
+    fn heads_of_single_rows_are_computed_together_as_far_as_parts_stay_even() {
+        let plan = |rows: usize, parts| {
+            let positions = vec![100; rows];
+            let sequences: Vec<u32> = (0..rows as u32).collect();
+            let plan = Plan::new(&positions, &sequences, 2, 8, 4, parts);
+            let mut seen: Vec<(usize, usize)> = Vec::new();
+            for task in &plan.tasks {
+                seen.extend((0..task.heads.count).map(|head| (task.block, task.heads.first + head)));
+            }
+            seen.sort_unstable();
+            let all: Vec<(usize, usize)> =
+                (0..rows).flat_map(|row| (0..8).map(move |head| (row, head))).collect();
+            assert_eq!(seen, all, "{rows} rows, {parts} parts");
+            plan.tasks.iter().map(|task| task.heads.count).max()
+        };
+        assert_eq!(plan(1, 2), Some(4));
+        assert_eq!(plan(1, 4), Some(2));
+        assert_eq!(plan(1, 8), Some(1));
+        assert_eq!(plan(32, 3), Some(4));
+        assert_eq!(plan(32, 16), Some(4));
+    }
+
+    #[test]
     fn every_query_of_every_span_belongs_to_one_task() {
         let positions: Vec<u32> = (700..900).chain([3]).chain(200..300).collect();
         let sequences: Vec<u32> = [vec![0; 200], vec![1; 1], vec![2; 100]].concat();
         for parts in [1, 2, 3, 16] {
-            let plan = Plan::new(&positions, &sequences, 4, 2, parts);
+            let plan = Plan::new(&positions, &sequences, 4, 2, 1, parts);
             let mut rows = vec![0; positions.len()];
-            for task in plan.tasks.iter().filter(|task| task.kv_head == 1 && task.span.unwrap_or(0) == 0) {
+            let second = |task: &&Task| task.heads.first == 1 && task.span.unwrap_or(0) == 0;
+            for task in plan.tasks.iter().filter(second) {
                 let block = &plan.blocks[task.block];
                 rows[block.first..block.first + block.rows].iter_mut().for_each(|count| *count += 1);
                 assert!(

@@ -125,6 +125,9 @@ pub(super) trait Form: Send + Sync + 'static {
 pub(super) struct Ahead {
     next: *const u8,
     lines: usize,
+    /// After so many lines it goes on elsewhere.
+    left: usize,
+    then: *const u8,
     /// Lines are spread evenly over so many turns of a loop.
     turns: usize,
     credit: usize,
@@ -139,7 +142,21 @@ const AHEAD_BYTES: usize = 6144;
 
 impl Ahead {
     /// Nothing.
-    pub(super) const NONE: Ahead = Ahead { next: std::ptr::null(), lines: 0, turns: 1, credit: 0 };
+    pub(super) const NONE: Ahead = Ahead {
+        next: std::ptr::null(),
+        lines: 0,
+        left: usize::MAX,
+        then: std::ptr::null(),
+        turns: 1,
+        credit: 0,
+    };
+
+    /// Keys and values, one after the other as they lie in memory.
+    pub(super) fn both<T>((keys, values): (&[T], &[T])) -> Ahead {
+        let left = size_of_val(keys) / LINE;
+        let lines = left + size_of_val(values) / LINE;
+        Ahead { next: keys.as_ptr().cast(), lines, left, then: values.as_ptr().cast(), ..Ahead::NONE }
+    }
 
     /// The share `part` of `parts` of something.
     pub(super) fn share<T>(of: &[T], part: usize, parts: usize) -> Ahead {
@@ -192,7 +209,8 @@ impl Ahead {
         while self.credit >= self.turns {
             self.credit -= self.turns;
             prefetch(self.next);
-            self.next = self.next.wrapping_add(LINE);
+            self.left = self.left.wrapping_sub(1);
+            self.next = if self.left == 0 { self.then } else { self.next.wrapping_add(LINE) };
         }
     }
 }

@@ -245,7 +245,9 @@ impl CpuStream {
         let (positions, sequences) =
             unsafe { (&slice(call.rows.positions)[..count], &slice(call.rows.sequences)[..count]) };
         let parts = self.rooms.parts();
-        let plan = attention::Plan::new(positions, sequences, call.heads / pages.heads, pages.heads, parts);
+        let group = call.heads / pages.heads;
+        let together = if F::takes_rows(group, pages.width) { attention::TOGETHER } else { 1 };
+        let plan = attention::Plan::new(positions, sequences, group, pages.heads, together, parts);
         let mut partials = std::mem::take(&mut self.wide);
         let len = plan.partials * attention::partial_len(pages.width);
         if partials.len() < len {
