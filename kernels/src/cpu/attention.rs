@@ -14,6 +14,7 @@ use std::sync::{Mutex, PoisonError};
 use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
 use super::pages::Pages;
+use super::shares::Shares;
 use crate::math::{self, LANES};
 use crate::memory::Shared;
 use crate::scalar::Scalar;
@@ -38,6 +39,7 @@ pub(super) struct Attention<'a, F: Form> {
     pub(super) sequences: &'a [u32],
     pub(super) pages: Pages<'a, F::Stored>,
     pub(super) plan: &'a Plan,
+    pub(super) shares: &'a Shares,
     /// One for each part.
     pub(super) rooms: &'a [Mutex<Room<F>>],
     /// Where partial results of a plan that splits contexts go, `plan.partials` of them.
@@ -48,7 +50,8 @@ pub(super) struct Attention<'a, F: Form> {
 /// Who computes what.
 pub(super) struct Plan {
     blocks: Vec<Block>,
-    tasks: Vec<Task>,
+    /// The tasks of each part.
+    tasks: Vec<Vec<Task>>,
     /// Partial results to be merged afterwards: 0 if contexts are not split.
     pub(super) partials: usize,
 }
@@ -68,7 +71,6 @@ struct Task {
     heads: Heads,
     /// One span; without, all of them.
     span: Option<usize>,
-    part: usize,
 }
 
 /// Kv heads that are computed together.
@@ -141,9 +143,9 @@ fn share_out(
     together: usize,
     parts: usize,
     pieces: impl Fn(&Block) -> Vec<(Option<usize>, usize)>,
-) -> (Vec<Task>, f64) {
+) -> (Vec<Vec<Task>>, f64) {
     let mut loads = vec![0; parts];
-    let mut tasks = Vec::new();
+    let mut tasks: Vec<Vec<Task>> = (0..parts).map(|_| Vec::new()).collect();
     // Backwards: of a long prompt the later rows see more and are better given out first.
     for (at, block) in blocks.iter().enumerate().rev() {
         for (span, tokens) in pieces(block) {
@@ -152,7 +154,7 @@ fn share_out(
                 let heads = Heads { first, count: together.min(kv_heads - first) };
                 let part = (0..parts).min_by_key(|part| loads[*part]).expect("there are parts");
                 loads[part] += heads.count * tokens * (block.rows * group + PANELS_COST);
-                tasks.push(Task { block: at, heads, span, part });
+                tasks[part].push(Task { block: at, heads, span });
             }
         }
     }
@@ -235,21 +237,24 @@ pub(super) fn partial_len(width: usize) -> usize {
 }
 
 kernel!(
-    /// Computes the tasks of part `part`, or all if there is one part only.
+    /// Computes the tasks of part `part`, and what is left of the others'.
     attention, body, Attention<F: Form>
 );
 
 #[inline(always)]
-fn body<F: Form>(job: &Attention<'_, F>, part: usize, parts: usize) {
+fn body<F: Form>(job: &Attention<'_, F>, part: usize, _: usize) {
     let width = job.pages.width;
     let len = partial_len(width);
     // A part that panicked left nothing that the next call reads.
     let mut room = job.rooms[part].lock().unwrap_or_else(PoisonError::into_inner);
     let room = &mut *room;
-    let mut tasks = job.plan.tasks.iter().filter(|task| parts == 1 || task.part == part).peekable();
-    while let Some(task) = tasks.next() {
+    // A single thread does the tasks of all.
+    let shares = job.plan.tasks.len();
+    while let Some((whose, at)) = job.shares.next(part, shares, |whose| job.plan.tasks[whose].len()) {
+        let task = &job.plan.tasks[whose][at];
         let block = &job.plan.blocks[task.block];
-        let then = tasks.peek().map(|task| {
+        // What this part does next, if nobody else does.
+        let then = job.plan.tasks[whose].get(at + 1).map(|task| {
             let block = &job.plan.blocks[task.block];
             stretch(job, block, task.heads, task.span.unwrap_or(0))
         });
@@ -607,14 +612,14 @@ mod tests {
             let sequences: Vec<u32> = (0..rows as u32).collect();
             let plan = Plan::new(&positions, &sequences, 2, 8, 4, parts);
             let mut seen: Vec<(usize, usize)> = Vec::new();
-            for task in &plan.tasks {
+            for task in plan.tasks.iter().flatten() {
                 seen.extend((0..task.heads.count).map(|head| (task.block, task.heads.first + head)));
             }
             seen.sort_unstable();
             let all: Vec<(usize, usize)> =
                 (0..rows).flat_map(|row| (0..8).map(move |head| (row, head))).collect();
             assert_eq!(seen, all, "{rows} rows, {parts} parts");
-            plan.tasks.iter().map(|task| task.heads.count).max()
+            plan.tasks.iter().flatten().map(|task| task.heads.count).max()
         };
         assert_eq!(plan(1, 2), Some(4));
         assert_eq!(plan(1, 4), Some(2));
@@ -631,7 +636,7 @@ mod tests {
             let plan = Plan::new(&positions, &sequences, 4, 2, 1, parts);
             let mut rows = vec![0; positions.len()];
             let second = |task: &&Task| task.heads.first == 1 && task.span.unwrap_or(0) == 0;
-            for task in plan.tasks.iter().filter(second) {
+            for task in plan.tasks.iter().flatten().filter(second) {
                 let block = &plan.blocks[task.block];
                 rows[block.first..block.first + block.rows].iter_mut().for_each(|count| *count += 1);
                 assert!(

@@ -8,6 +8,7 @@ use tandem_device::{Epilogue, Linear};
 use super::factor::Factor;
 use super::form::{Ahead, Form, PANEL, panel_len};
 use super::isa::kernel;
+use super::shares::Shares;
 use crate::math;
 use crate::memory::Shared;
 use crate::scalar::Scalar;
@@ -43,6 +44,7 @@ pub(super) struct Product<'a, F: Factor> {
     pub(super) bias: Option<&'a [f32]>,
     pub(super) epilogue: Epilogue,
     pub(super) to: Output<F::Stored>,
+    pub(super) shares: &'a Shares,
 }
 
 /// Rows and weights of numbers.
@@ -60,7 +62,7 @@ pub(super) enum Output<T> {
 }
 
 kernel!(
-    /// Runs part `part` of `parts` of the product: a fixed range of panels.
+    /// Runs part `part` of `parts` of the product: a range of panels, and what is left of the others'.
     product, body, Product<F: Factor>
 );
 
@@ -68,19 +70,21 @@ kernel!(
 fn body<F: Factor>(job: &Product<'_, F>, part: usize, parts: usize) {
     let groups = panels(job.weight.outputs, job.weight.gated) / if job.weight.gated { 2 } else { 1 };
     let blocks = job.count.div_ceil(ROWS_BLOCK);
+    let begin = |part: usize| groups * part / parts;
+    let width = |part: usize| begin(part + 1) - begin(part);
     let (mut sums, mut ups) = ([[0.0; PANEL]; ROWS_BLOCK], [[0.0; PANEL]; ROWS_BLOCK]);
-    for block in 0..blocks {
+    // All panels of a share with a block of rows, then all with the next block.
+    while let Some((whose, unit)) = job.shares.next(part, parts, |whose| blocks * width(whose)) {
+        let (block, at) = (unit / width(whose), begin(whose) + unit % width(whose));
         let (first, last) = (job.count * block / blocks, job.count * (block + 1) / blocks);
         let (sums, ups) = (&mut sums[..last - first], &mut ups[..last - first]);
-        for at in groups * part / parts..groups * (part + 1) / parts {
-            if job.weight.gated {
-                job.factor.multiply(at * 2, first, sums);
-                job.factor.multiply(at * 2 + 1, first, ups);
-                gate(job, at, first, sums, ups);
-            } else {
-                job.factor.multiply(at, first, sums);
-                finish(job, at, first, sums);
-            }
+        if job.weight.gated {
+            job.factor.multiply(at * 2, first, sums);
+            job.factor.multiply(at * 2 + 1, first, ups);
+            gate(job, at, first, sums, ups);
+        } else {
+            job.factor.multiply(at, first, sums);
+            finish(job, at, first, sums);
         }
     }
 }
@@ -148,7 +152,7 @@ fn gate<F: Factor>(
             gate[j] = math::silu(gate[j]) * up[j];
         }
         if let Output::Stored(to) = &job.to {
-            // SAFETY: this part alone writes the columns of its panels.
+            // SAFETY: whoever has this unit alone writes the columns of its panel, of these rows.
             let to = unsafe { to.part((first_row + r) * half + first, width) };
             store(gate, to);
         }
@@ -167,7 +171,7 @@ fn finish<F: Factor>(job: &Product<'_, F>, at: usize, first_row: usize, sums: &m
         let begin = (first_row + r) * outputs + first;
         match &job.to {
             Output::Logits(to, peaks) => {
-                // SAFETY: this part alone writes the columns of its panels.
+                // SAFETY: whoever has this unit alone writes the columns of its panel, of these rows.
                 store(sums, unsafe { to.part(begin, width) });
                 if let Some(peaks) = peaks {
                     // SAFETY: as above; a panel has one peak.

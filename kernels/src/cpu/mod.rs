@@ -16,6 +16,7 @@ mod pool;
 mod products;
 mod rows;
 mod sample;
+mod shares;
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -31,6 +32,7 @@ use form::Form;
 pub use isa::Isa;
 pub(crate) use pages::Pages;
 use pool::Pool;
+use shares::Shares;
 
 use crate::memory::{Memory, Shared, slice, slice_mut};
 use crate::scalar::{Bf16, Scalar};
@@ -43,6 +45,7 @@ const FORK_WORK: usize = 1 << 15;
 pub struct Cpu {
     isa: Isa,
     name: String,
+    threads: usize,
     pool: Arc<Mutex<Pool>>,
 }
 
@@ -64,7 +67,7 @@ impl Cpu {
         }
         let pool = Pool::new(threads)
             .map_err(|error| Error::Unsupported(format!("cannot start {threads} threads: {error}")))?;
-        Ok(Cpu { isa, name: format!("cpu-{}", isa.as_str()), pool: Arc::new(Mutex::new(pool)) })
+        Ok(Cpu { isa, name: format!("cpu-{}", isa.as_str()), threads, pool: Arc::new(Mutex::new(pool)) })
     }
 
     /// Runs a job in parts: all threads when there is enough work, else here alone. Parts never share a sum, so
@@ -116,12 +119,11 @@ impl Device for Cpu {
     }
 
     fn stream(&self) -> Box<dyn Stream> {
-        let threads = self.pool.lock().unwrap_or_else(PoisonError::into_inner).threads();
         Box::new(CpuStream {
             cpu: self.clone(),
             wide: Vec::new(),
             narrow: Vec::new(),
-            rooms: Rooms::new(threads),
+            rooms: Rooms::new(self.threads),
         })
     }
 }
@@ -264,6 +266,7 @@ impl CpuStream {
                 scale: call.scale,
                 pages: Pages::of(call.kv, call.sequences),
                 plan: &plan,
+                shares: &Shares::new(parts),
                 rooms,
                 partials: Shared::over(&mut partials),
                 to: Shared::of(call.to),

@@ -1,4 +1,4 @@
-//! A pool of threads that run one job together: fork, fixed parts, join. Waiting spins for some 20 µs and then
+//! A pool of threads that run one job together: fork, parts, join. Waiting spins for some 20 µs and then
 //! parks, because a pool that only spins collapses on a machine shared with others.
 //!
 //! A pool that is as wide as the processors it may use pins its own threads, one to each but the first, which is left

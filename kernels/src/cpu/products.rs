@@ -8,6 +8,7 @@ use super::factor::{self, Factor, Int4, Int8, Int8Rows, Quantise, RowForm};
 #[cfg(target_arch = "x86_64")]
 use super::factor::{Int4Pairs, Int4Rows, Int4Shifted, NIBBLES, Pair, Shift};
 use super::form::Form;
+use super::shares::Shares;
 use super::{Cpu, CpuStream, expect, linear};
 use crate::memory::{Shared, slice};
 #[cfg(target_arch = "x86_64")]
@@ -43,7 +44,8 @@ impl Cpu {
         }
         // SAFETY: as in `embed_as`.
         let bias = bias.map(|bias| unsafe { slice(bias) });
-        let job = linear::Product { factor, count, weight, bias, epilogue, to };
+        let shares = &Shares::new(self.threads);
+        let job = linear::Product { factor, count, weight, bias, epilogue, to, shares };
         self.run(count * weight.inputs * weight.outputs, &|part, parts| {
             linear::product(self.isa, &job, part, parts);
         });
