@@ -1,6 +1,6 @@
 //! What a policy is shown: the workers as the router sees them, and the request.
 
-use crate::lengths::SHORT_TOKENS;
+use crate::lengths::{SHORT_TOKENS, ShortShares};
 use serde::{Deserialize, Serialize};
 use tandem_types::{Role, ServiceClass, StepTime, WorkerId};
 
@@ -188,6 +188,8 @@ pub struct Request {
     pub expected_tokens: f64,
     /// Tokens after the first that nearly all answers have.
     pub short_tokens: f64,
+    /// Shares of answers that have one token after their first, two, and so on.
+    pub short_shares: ShortShares,
     /// Seconds left for the first token; infinite without a target.
     pub first_token_seconds: f64,
     /// Seconds per further token that it may take on average; infinite without a target.
@@ -207,6 +209,7 @@ impl Default for Request {
             max_tokens: 1,
             expected_tokens: 256.0,
             short_tokens: SHORT_TOKENS,
+            short_shares: ShortShares::default(),
             first_token_seconds: f64::INFINITY,
             token_seconds: f64::INFINITY,
             class: ServiceClass::Online,

@@ -16,6 +16,7 @@ mod policy;
 pub mod predictor;
 
 pub use candidate::{Candidate, Held, Link, Request, Route, Tier, decode_side, prefill_side};
+pub use lengths::ShortShares;
 pub use overlap::overlap_pays;
 pub use policy::{
     Considered, Explanation, POLICIES, Policy, Row, Stage, conformance, cost, least_loaded, named, prefix,

@@ -13,7 +13,7 @@ use tandem_types::{Role, StepTime, Time, WorkerId};
 
 use crate::Candidate;
 use crate::candidate::{sane_seconds, sane_step};
-use crate::lengths::{SHORTER, Shortest};
+use crate::lengths::{SHORTER, ShortShares, Shortest};
 
 /// How the planner behaves; one set for everything.
 #[derive(Clone, Debug, PartialEq)]
@@ -197,6 +197,11 @@ impl Observer {
     /// Tokens after the first that nearly all answers have; no more than if answers of this mean ended at random.
     pub fn short_tokens(&self) -> f64 {
         self.shortest.tokens().min(SHORTER * self.output_tokens())
+    }
+
+    /// How many answers have one token after their first, two, and so on, of those that have any.
+    pub fn short_shares(&self) -> ShortShares {
+        self.shortest.shares()
     }
 
     /// Mean answer length by exposure: tokens drawn per answer ended, so that answers which are still growing

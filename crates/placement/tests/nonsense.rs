@@ -120,8 +120,10 @@ fn held() -> impl Strategy<Value = Held> {
 
 fn request() -> impl Strategy<Value = Request> {
     let numbers = (number(), number(), number(), number());
-    (any::<u64>(), count(), count(), numbers, any::<bool>(), prop::collection::vec(held(), 0..6)).prop_map(
-        |(ordinal, prompt_tokens, max_tokens, numbers, online, held)| {
+    let tokens = (any::<u64>(), count(), count());
+    let held = prop::collection::vec(held(), 0..6);
+    (tokens, numbers, prop::array::uniform8(number()), any::<bool>(), held).prop_map(
+        |((ordinal, prompt_tokens, max_tokens), numbers, short_shares, online, held)| {
             let (expected_tokens, short_tokens, first_token_seconds, token_seconds) = numbers;
             let class = if online { ServiceClass::Online } else { ServiceClass::Offline };
             Request {
@@ -130,6 +132,7 @@ fn request() -> impl Strategy<Value = Request> {
                 max_tokens,
                 expected_tokens,
                 short_tokens,
+                short_shares,
                 first_token_seconds,
                 token_seconds,
                 class,

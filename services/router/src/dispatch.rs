@@ -19,7 +19,7 @@ use tandem_chassis::config::Slo;
 use tandem_chassis::{Shutdown, Tasks, seam};
 use tandem_placement::admission::{self, Limits, Verdict};
 use tandem_placement::planner::Observer;
-use tandem_placement::{Candidate, Policy};
+use tandem_placement::{Candidate, Policy, ShortShares};
 use tandem_proto::convert;
 use tandem_proto::v1::{self, event};
 use tandem_types::{
@@ -162,12 +162,13 @@ impl Dispatcher {
     /// With latency targets, what has no chance to meet them is better refused now than late.
     fn check_chance(&self, request: &GenerateRequest, candidates: &[Candidate]) -> Result<(), DispatchError> {
         let Some(slo) = self.slo.filter(|_| !candidates.is_empty()) else { return Ok(()) };
-        let (expected_tokens, short_tokens) = self.output_tokens();
+        let (expected_tokens, short_tokens, short_shares) = self.output_tokens();
         let facts = tandem_placement::Request {
             prompt_tokens: request.prompt.len() as u32,
             max_tokens: request.stop.max_tokens,
             expected_tokens,
             short_tokens,
+            short_shares,
             first_token_seconds: slo.ttft.as_secs_f64(),
             token_seconds: slo.tpot.as_secs_f64(),
             class: request.class,
@@ -183,10 +184,11 @@ impl Dispatcher {
         }
     }
 
-    /// Mean length of the answers of late, and what nearly all of them have after the first token.
-    fn output_tokens(&self) -> (f64, f64) {
+    /// Mean length of the answers of late, what nearly all of them have after the first token, and how many have only
+    /// few.
+    fn output_tokens(&self) -> (f64, f64, ShortShares) {
         let answers = self.answers.lock().expect("nothing panics under this lock");
-        (answers.output_tokens(), answers.short_tokens())
+        (answers.output_tokens(), answers.short_tokens(), answers.short_shares())
     }
 
     /// Tokens were delivered.

@@ -22,6 +22,8 @@ pub struct Tuning {
     pub miss_seconds: f64,
     /// Predicted time over target at which half of the requests are expected to miss it.
     pub edge: f64,
+    /// The same of a target that is missed by an answer which turned out too short to be handed off.
+    pub short_miss_seconds: f64,
     /// How soft that edge is.
     pub softness: f64,
     /// Seconds against a decode on a worker that prefers prefill.
@@ -45,6 +47,7 @@ impl Default for Tuning {
         Tuning {
             miss_seconds: 10.0,
             edge: 0.95,
+            short_miss_seconds: 20.0,
             softness: 0.04,
             decode_on_prefill_seconds: 1.0,
             prefill_on_decode_seconds: 0.05,
@@ -66,7 +69,7 @@ pub struct Terms {
     pub bring: f64,
     /// To compute the rest.
     pub compute: f64,
-    /// KV to the decoding worker.
+    /// KV to the decoding worker, and what the gap until its first step there makes likely to be missed.
     pub transfer: f64,
     /// Likely loss of the first token's target.
     pub first_token_loss: f64,
@@ -96,6 +99,9 @@ const ALONE: f64 = 1.25;
 
 /// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
 const CERTAIN: f64 = 20.0;
+
+/// A share of short answers that is worth thinking of.
+const SHARE_LEAST: f64 = 1e-3;
 
 /// Part of a KV pool that is filled by choice. Some of the rest is in pages that are not full; what is left of it lets
 /// sequences grow while none ends, for who is preempted is computed twice.
@@ -355,6 +361,14 @@ impl Cost {
             if with > 0.0 {
                 let without = self.miss(d.token_seconds, target);
                 terms.transfer += self.tuning.miss_seconds * (with - without).max(0.0);
+            }
+            // Whose answer has few tokens cannot make up for that gap.
+            for (tokens, share) in (1..).zip(&request.short_shares) {
+                if *share > SHARE_LEAST {
+                    let gap = (seconds + d.step_seconds / 2.0) / f64::from(tokens);
+                    let missed = self.miss(d.step_seconds + gap, target);
+                    terms.transfer += self.tuning.short_miss_seconds * share.min(1.0) * missed;
+                }
             }
         }
         terms.token_loss += d.terms.token_loss;

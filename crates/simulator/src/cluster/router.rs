@@ -43,6 +43,7 @@ impl<'a> Cluster<'a> {
             max_tokens: 1 << 20,
             expected_tokens: self.observer.output_tokens(),
             short_tokens: self.observer.short_tokens(),
+            short_shares: self.observer.short_shares(),
             first_token_seconds: if !online {
                 f64::INFINITY
             } else if job.made > 0 {

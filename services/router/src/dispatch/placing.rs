@@ -28,13 +28,14 @@ impl Course {
             let from = if self.delivered.is_empty() { request.arrived } else { now };
             (from + slo.ttft).remaining(now).as_secs_f64()
         });
-        let (expected_tokens, short_tokens) = self.dispatcher.output_tokens();
+        let (expected_tokens, short_tokens, short_shares) = self.dispatcher.output_tokens();
         tandem_placement::Request {
             ordinal: self.ordinal,
             prompt_tokens: (request.prompt.len() + self.delivered.len()) as u32,
             max_tokens: request.stop.max_tokens,
             expected_tokens,
             short_tokens,
+            short_shares,
             first_token_seconds: first.unwrap_or(f64::INFINITY),
             token_seconds: targets.map_or(f64::INFINITY, |slo| slo.tpot.as_secs_f64()),
             class: request.class,
