@@ -80,6 +80,20 @@ proptest! {
         prop_assert!(all <= few, "all {all}, few {few}");
         prop_assert!(few <= all + way + 1e-9, "all {all}, few {few}, {way} between the best of each side");
     }
+
+    /// Whom roles are against is looked at only where it may matter, so that it never does.
+    #[test]
+    fn whom_roles_are_against_is_weighed_where_it_matters(candidates in candidates(), request in request(), ordinal in 0..8u64) {
+        let (cost, request) = (Cost::default(), Request { ordinal, ..request });
+        prop_assert_eq!(cost.cheapest(&request, &candidates), cost.few_search(&request, &candidates));
+        for prefill in 0..candidates.len() {
+            let decode = cost.choose_decode(&request, &candidates, Some(prefill)).expect("all can do it");
+            let of = |decode| cost.terms(&request, &candidates, Route { prefill, decode }).sum();
+            let least = (0..candidates.len()).map(of).fold(f64::INFINITY, f64::min);
+            let most = least + cost.tuning.equal_seconds + 1e-9 * least;
+            prop_assert!(of(decode) <= most, "{decode} costs {}, another {least}", of(decode));
+        }
+    }
 }
 
 #[test]

@@ -100,6 +100,9 @@ const ALONE: f64 = 1.25;
 /// So many times the softness away from the edge, a miss is certain or out of the question: one in 10^9.
 const CERTAIN: f64 = 20.0;
 
+/// By how much sums of the same may differ, relatively.
+const ROUNDING: f64 = 1e-9;
+
 /// A share of short answers that is worth thinking of.
 const SHARE_LEAST: f64 = 1e-3;
 
@@ -116,6 +119,18 @@ fn least(missed: impl Iterator<Item = f64>) -> f64 {
         least = f64::min(least, missed);
         if least == 0.0 {
             break;
+        }
+    }
+    least
+}
+
+/// The target, or what an idle worker needs and some room, where that is more. One worker that needs less settles it.
+fn fair_target(target: f64, alone: impl Iterator<Item = f64>) -> f64 {
+    let mut least = f64::INFINITY;
+    for seconds in alone {
+        least = least.min(ALONE * seconds);
+        if least <= target {
+            return target;
         }
     }
     least
@@ -149,6 +164,15 @@ pub struct Cost {
     pub tuning: Tuning,
 }
 
+/// What a search is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Search {
+    /// Every route that the few best of each side make.
+    Everything,
+    /// The cheapest route and those that cost the same by and large.
+    Cheapest,
+}
+
 /// The part of a route's cost that its prefill worker decides.
 #[derive(Clone, Copy, Debug)]
 struct PrefillPart {
@@ -179,29 +203,28 @@ impl Cost {
     /// target that it meets there, so that only the work of others counts against it. 1 where no worker has measured
     /// itself yet.
     pub(crate) fn chances(&self, request: &Request, candidates: &[Candidate]) -> (f64, f64) {
-        let able = candidates.iter().filter(|c| c.role != Role::Encode);
-        let mut known: Vec<(&Candidate, StepTime)> = Vec::with_capacity(candidates.len());
-        known.extend(able.filter_map(|c| Some((c, c.sane_model()?))));
-        let tokens = request.prompt_tokens;
-        let context = f64::from(tokens) + request.expected();
-        let alone = |of: &dyn Fn(&Candidate, &StepTime) -> f64| {
-            known.iter().map(|(c, model)| of(c, model)).fold(f64::INFINITY, f64::min)
+        let known = || {
+            candidates.iter().filter(|c| c.role != Role::Encode).filter_map(|c| Some((c, c.sane_model()?)))
         };
-        if known.is_empty() {
+        if known().next().is_none() {
             return (1.0, 1.0);
         }
+        let tokens = request.prompt_tokens;
+        let context = f64::from(tokens) + request.expected();
         let fair = Request {
-            first_token_seconds: request
-                .first_token_target()
-                .max(ALONE * alone(&|c, model| model.prefill(tokens, 0, c.prompt_budget))),
-            token_seconds: request
-                .token_target()
-                .max(ALONE * alone(&|_, model| model.step(1.0, 0.0, context))),
+            first_token_seconds: fair_target(
+                request.first_token_target(),
+                known().map(|(c, model)| model.prefill(tokens, 0, c.prompt_budget)),
+            ),
+            token_seconds: fair_target(
+                request.token_target(),
+                known().map(|(_, model)| model.step(1.0, 0.0, context)),
+            ),
             held: Vec::new(),
             ..*request
         };
-        let first = least(known.iter().map(|(c, _)| self.prefill_part(0, c, &fair, None, None).missed));
-        let others = least(known.iter().map(|(c, _)| self.decode_part(0, c, &fair).missed));
+        let first = least(known().map(|(c, _)| self.prefill_part(0, c, &fair, None, None).missed));
+        let others = least(known().map(|(c, _)| self.decode_part(0, c, &fair).missed));
         (1.0 - first, 1.0 - others)
     }
 
@@ -379,7 +402,12 @@ impl Cost {
     }
 
     /// The best few of each side, each worker with itself, and pairs with a link of their own.
-    fn pairs(&self, request: &Request, candidates: &[Candidate]) -> (Vec<(PrefillPart, DecodePart)>, usize) {
+    fn pairs(
+        &self,
+        request: &Request,
+        candidates: &[Candidate],
+        search: Search,
+    ) -> (Vec<(PrefillPart, DecodePart)>, usize) {
         let best = Bring::best(request, candidates);
         // Thousands may hold something: the entry of each, and not a search of all for everybody.
         let mut held: Vec<Option<&Held>> = vec![None; candidates.len()];
@@ -391,8 +419,7 @@ impl Cost {
         let decode = |at: usize| self.decode_part(at, &candidates[at], request);
         let able: Vec<usize> =
             (0..candidates.len()).filter(|&at| candidates[at].role != Role::Encode).collect();
-        let prefills: Vec<f64> = able.iter().map(|&at| prefill(at).cost).collect();
-        let decodes: Vec<f64> = able.iter().map(|&at| decode(at).cost).collect();
+        let (prefills, decodes) = self.costs(request, candidates, &able, search, (&prefill, &decode));
         let few = self.tuning.few.max(1);
         let by_prefill = smallest(few, prefills.iter().copied()).into_iter().map(|i| prefill(able[i]));
         let by_decode: Vec<DecodePart> =
@@ -409,6 +436,56 @@ impl Cost {
             pairs.extend(near.into_iter().map(|(p, d)| (prefill(p), decode(d))));
         }
         (pairs, able.len())
+    }
+
+    /// What either part costs on each of those who are `able`. A search for the cheapest looks at whom roles are against
+    /// only if they could be part of it: one route bounds the cheapest from above, and the role and a prompt's own work
+    /// bound a part from below. The costs of the others are infinite then.
+    fn costs(
+        &self,
+        request: &Request,
+        candidates: &[Candidate],
+        able: &[usize],
+        search: Search,
+        (prefill, decode): (impl Fn(usize) -> PrefillPart, impl Fn(usize) -> DecodePart),
+    ) -> (Vec<f64>, Vec<f64>) {
+        let everything = search == Search::Everything;
+        let (mut prefills, mut decodes) = (vec![f64::INFINITY; able.len()], vec![f64::INFINITY; able.len()]);
+        for (i, &at) in able.iter().enumerate() {
+            if everything || candidates[at].role != Role::Decode {
+                prefills[i] = prefill(at).cost;
+            }
+            if everything || candidates[at].role != Role::Prefill {
+                decodes[i] = decode(at).cost;
+            }
+        }
+        if everything {
+            return (prefills, decodes);
+        }
+        let Tuning { prefill_on_decode_seconds, decode_on_prefill_seconds, .. } = self.tuning;
+        let least = |costs: &[f64]| costs.iter().copied().fold(f64::INFINITY, f64::min);
+        let (least_prefill, least_decode) = (least(&prefills), least(&decodes));
+        let whose = |costs: &[f64], cost: f64| costs.iter().position(|other| *other == cost).map(|i| able[i]);
+        let one = whose(&prefills, least_prefill).zip(whose(&decodes, least_decode));
+        let one = one.map(|(p, d)| self.join(&prefill(p), &decode(d), request, candidates).sum());
+        let most = (one.unwrap_or(f64::INFINITY) + self.tuning.equal_seconds) * (1.0 + ROUNDING);
+        let held = request.held.iter().map(|held| held.tokens.max(held.device_tokens)).max().unwrap_or(0);
+        let cached = held.min(request.prompt_tokens.saturating_sub(1));
+        let cheapest_decode = least_decode.min(decode_on_prefill_seconds);
+        let cheapest_prefill = least_prefill.min(prefill_on_decode_seconds);
+        for (i, &at) in able.iter().enumerate() {
+            let c = &candidates[at];
+            if c.role == Role::Decode {
+                let model = c.sane_model().unwrap_or(UNKNOWN);
+                let own = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
+                if prefill_on_decode_seconds + own + cheapest_decode <= most {
+                    prefills[i] = prefill(at).cost;
+                }
+            } else if c.role == Role::Prefill && decode_on_prefill_seconds + cheapest_prefill <= most {
+                decodes[i] = decode(at).cost;
+            }
+        }
+        (prefills, decodes)
     }
 
     /// Pairs with a link of their own, as far as one may be cheaper than all `pairs`: a route costs at least what
@@ -448,7 +525,12 @@ impl Cost {
     /// Every pair of candidates, for tests: `choose` looks at few of them.
     pub fn full_search(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
         let everything = Cost { tuning: Tuning { few: candidates.len().max(1), ..self.tuning.clone() } };
-        everything.cheapest(request, candidates)
+        everything.searched(request, candidates, Search::Everything)
+    }
+
+    /// `cheapest` without putting anybody off, for tests.
+    pub fn few_search(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
+        self.searched(request, candidates, Search::Everything)
     }
 
     /// What one route costs, for tests.
@@ -463,7 +545,11 @@ impl Cost {
     /// The cheapest route and its cost. Requests take turns among routes that cost the same by and large, or one
     /// worker would do everything while little is asked for, and a new one nothing.
     pub fn cheapest(&self, request: &Request, candidates: &[Candidate]) -> Option<(Route, f64)> {
-        let (pairs, _) = self.pairs(request, candidates);
+        self.searched(request, candidates, Search::Cheapest)
+    }
+
+    fn searched(&self, request: &Request, candidates: &[Candidate], search: Search) -> Option<(Route, f64)> {
+        let (pairs, _) = self.pairs(request, candidates, search);
         let cost = |(p, d): &(PrefillPart, DecodePart)| {
             (Route { prefill: p.at, decode: d.at }, self.join(p, d, request, candidates).sum())
         };
@@ -559,15 +645,28 @@ impl Policy for Cost {
         let nowhere = PrefillPart { at: usize::MAX, terms: Terms::default(), missed: 0.0, cost: 0.0 };
         let from = prefill.filter(|&at| at < candidates.len());
         let equal = self.tuning.equal_seconds;
-        let able = (0..candidates.len()).filter(|&at| candidates[at].role != Role::Encode);
         let part = |at: usize| self.decode_part(at, &candidates[at], request);
         let whole = |at: usize| match from {
             Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &part(at), request, candidates).sum(),
             None => part(at).cost,
         };
         // The way there only adds to a cost: whoever costs more without it than another does with it is out.
-        let parts: Vec<(usize, f64)> = able.map(|at| (at, part(at).cost)).collect();
-        let first = parts.iter().min_by(|a, b| a.1.total_cmp(&b.1))?.0;
+        let add = |parts: &mut Vec<(usize, f64)>, preferred: bool| {
+            for (at, c) in candidates.iter().enumerate() {
+                if c.role != Role::Encode && (c.role != Role::Prefill) == preferred {
+                    parts.push((at, part(at).cost));
+                }
+            }
+        };
+        let cheapest = |parts: &[(usize, f64)]| parts.iter().min_by(|a, b| a.1.total_cmp(&b.1)).copied();
+        let mut parts = Vec::with_capacity(candidates.len());
+        add(&mut parts, true);
+        // Whom roles are against, only if they could be better than the best of the others.
+        let bound = cheapest(&parts).map_or(f64::INFINITY, |(at, _)| whole(at) + equal);
+        if self.tuning.decode_on_prefill_seconds <= bound {
+            add(&mut parts, false);
+        }
+        let first = cheapest(&parts)?.0;
         let most = whole(first) + equal;
         let near = parts.iter().filter(|(at, cost)| *at == first || *cost <= most);
         let costs: Vec<(usize, f64)> = near.map(|(at, _)| (*at, whole(*at))).collect();
@@ -575,7 +674,7 @@ impl Policy for Cost {
     }
 
     fn explain(&self, request: &Request, candidates: &[Candidate]) -> Explanation {
-        let (pairs, able) = self.pairs(request, candidates);
+        let (pairs, able) = self.pairs(request, candidates, Search::Everything);
         let mut considered: Vec<(Route, Terms)> = pairs
             .iter()
             .map(|(p, d)| (Route { prefill: p.at, decode: d.at }, self.join(p, d, request, candidates)))
