@@ -19,8 +19,11 @@ pub fn read(bytes: &[u8]) -> u64 {
 pub fn products(isa: Isa, turns: u64) -> u64 {
     let per_turn = match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: (of both) the caller runs kernels on this instruction set, which were found available.
+        // SAFETY: (of all) the caller runs kernels on this instruction set, which were found available.
         Isa::Avx2 if isa.available() => unsafe { x86::fused(turns) },
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: as above.
+        Isa::Avx512Fma if isa.available() => unsafe { x86::fused_wide(turns) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Isa::Avx512 if isa.available() => unsafe { x86::paired(turns) },
@@ -33,11 +36,11 @@ pub fn products(isa: Isa, turns: u64) -> u64 {
 pub fn whole_products(isa: Isa, turns: u64) -> u64 {
     let per_turn = match isa {
         #[cfg(target_arch = "x86_64")]
-        // SAFETY: (of both) the caller runs kernels on this instruction set, which were found available.
+        // SAFETY: (of all) the caller runs kernels on this instruction set, which were found available.
         Isa::Avx2 if isa.available() => unsafe { x86::pairs(turns) },
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
-        Isa::Avx512 if isa.available() => unsafe { x86::bytes(turns) },
+        Isa::Avx512Fma | Isa::Avx512 if isa.available() => unsafe { x86::bytes(turns) },
         _ => plain(turns),
     };
     per_turn * turns
@@ -74,6 +77,19 @@ mod x86 {
         }
         black_box(sums);
         2 * 8 * CHAINS as u64
+    }
+
+    #[target_feature(enable = "avx512f")]
+    pub(super) fn fused_wide(turns: u64) -> u64 {
+        let factor = _mm512_set1_ps(black_box(0.999));
+        let mut sums = [_mm512_set1_ps(black_box(1.0)); CHAINS];
+        for _ in 0..turns {
+            for sum in &mut sums {
+                *sum = _mm512_fmadd_ps(*sum, factor, factor);
+            }
+        }
+        black_box(sums);
+        2 * 16 * CHAINS as u64
     }
 
     #[target_feature(enable = "avx2")]
@@ -136,10 +152,10 @@ mod tests {
         for isa in Isa::ALL.into_iter().filter(|isa| isa.available()) {
             let per_turn = products(isa, 1);
             assert_eq!(products(isa, 10), 10 * per_turn);
-            assert_eq!(per_turn, [64, 192, 768][isa as usize]);
+            assert_eq!(per_turn, [64, 192, 384, 768][isa as usize]);
             let per_turn = whole_products(isa, 1);
             assert_eq!(whole_products(isa, 10), 10 * per_turn);
-            assert_eq!(per_turn, [64, 384, 1536][isa as usize]);
+            assert_eq!(per_turn, [64, 384, 1536, 1536][isa as usize]);
         }
     }
 }

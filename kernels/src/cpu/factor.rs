@@ -69,7 +69,7 @@ pub(super) enum RowForm {
 
 impl RowForm {
     pub(super) fn of(isa: Isa) -> RowForm {
-        if isa == Isa::Avx512 { RowForm::Bytes } else { RowForm::Pairs }
+        if isa.multiplies_bytes() { RowForm::Bytes } else { RowForm::Pairs }
     }
 
     /// Words of a row for each word of weights.
@@ -91,7 +91,7 @@ impl<T: Scalar> Factor for Int8<'_, T> {
         let row_words = words * RowForm::of(self.isa).words();
         let x = &self.rows.values[first * row_words..(first + sums.len()) * row_words];
         #[cfg(target_arch = "x86_64")]
-        if self.isa == Isa::Avx512 {
+        if self.isa.multiplies_bytes() {
             let rows = &self.rows.scales[first..first + sums.len()];
             // SAFETY: an `Isa` in use was found available when the device was opened.
             return unsafe { x86::int8_bytes(x, words, weights, rows, scales, sums) };
@@ -441,7 +441,7 @@ mod tests {
                 prop_assert_eq!(&vectors, &plain);
             }
             #[cfg(target_arch = "x86_64")]
-            if Isa::Avx512.available() {
+            if Isa::Avx512Fma.available() {
                 let bytes: Vec<u32> = x.as_chunks::<2>().0.iter().map(|[even, odd]| {
                     let byte = |value: u32| (value as u8).wrapping_add(128);
                     u32::from_le_bytes([byte(*even), byte(*odd), byte(*even >> 16), byte(*odd >> 16)])

@@ -13,7 +13,7 @@ use std::ops::Range;
 use crate::scalar::{Bf16, Scalar};
 
 #[cfg(target_arch = "x86_64")]
-pub(super) use x86::{Fused, Paired, add_products};
+pub(super) use x86::{Fused, FusedWide, Paired, Rows, add_products, add_rows};
 
 /// Outputs of a panel.
 pub(super) const PANEL: usize = 32;
@@ -470,6 +470,7 @@ mod tests {
             #[cfg(target_arch = "x86_64")]
             {
                 prop_assert!(!Isa::Avx2.available() || panels::<Fused>(&rows, width) == plain);
+                prop_assert!(!Isa::Avx512Fma.available() || panels::<FusedWide>(&rows, width) == plain);
                 prop_assert!(!Isa::Avx512.available() || panels::<Paired>(&rows, width) == plain);
             }
             for input in 0..width {

@@ -51,7 +51,7 @@ pub struct Cpu {
 
 impl Cpu {
     /// The CPU with so many threads, the caller's included, and the instruction set that the environment variable
-    /// `TANDEM_CPU` names (`portable`, `avx2`, `avx512`), else the best that this machine has.
+    /// `TANDEM_CPU` names (`portable`, `avx2`, `avx512-fma`, `avx512`), else the fastest that this machine has.
     pub fn open(threads: usize) -> Result<Cpu, Error> {
         let forced = std::env::var("TANDEM_CPU").ok().filter(|name| !name.is_empty());
         Cpu::with(Isa::choose(forced.as_deref())?, threads)
@@ -144,6 +144,8 @@ macro_rules! by_form {
             (Element::F32, _) => $self.$method::<form::Exact>($($argument),*),
             #[cfg(target_arch = "x86_64")]
             (Element::Bf16, Isa::Avx2) => $self.$method::<form::Fused>($($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            (Element::Bf16, Isa::Avx512Fma) => $self.$method::<form::FusedWide>($($argument),*),
             #[cfg(target_arch = "x86_64")]
             (Element::Bf16, Isa::Avx512) => $self.$method::<form::Paired>($($argument),*),
             (Element::Bf16, _) => $self.$method::<form::Widened>($($argument),*),
@@ -377,7 +379,9 @@ impl Stream for CpuStream {
             #[cfg(target_arch = "x86_64")]
             (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx512) => self.linear_int4_pairs(call, group),
             #[cfg(target_arch = "x86_64")]
-            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2) => self.linear_int4_shifted(call, group),
+            (LinearForm::Int4 { group }, Element::Bf16, Isa::Avx2 | Isa::Avx512Fma) => {
+                self.linear_int4_shifted(call, group)
+            }
             (LinearForm::Int4 { group }, Element::Bf16, _) => self.linear_int4::<form::Widened>(call, group),
             (LinearForm::Int4 { group }, ..) => self.linear_int4::<form::Exact>(call, group),
         }

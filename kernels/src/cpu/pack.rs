@@ -85,7 +85,7 @@ impl Stored for Bf16 {
         match isa {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: an `Isa` in use was found available when the device was opened.
-            Isa::Avx2 | Isa::Avx512 => unsafe {
+            Isa::Avx2 | Isa::Avx512Fma | Isa::Avx512 => unsafe {
                 form::Fused::panel_of_rows(rows, inputs, Ahead::NONE, panel)
             },
             // SAFETY: as above.

@@ -4,7 +4,7 @@ mod shifted;
 
 use std::arch::x86_64::*;
 
-use super::super::form::{Ahead, PANEL, add_products};
+use super::super::form::{Ahead, PANEL, Rows, add_products, add_rows};
 use super::{Int4Rows, NIBBLES};
 pub(super) use shifted::{Panel, int4_shifted};
 
@@ -221,12 +221,12 @@ impl Bytes<'_> {
         offset: &mut [__m512i; 2],
         sums: &mut [[f32; PANEL]],
     ) {
-        let x = self.x.as_ptr();
+        let mut rows = Rows::new(self.x.as_ptr(), self.words);
         let mut now = [[_mm512_setzero_si512(); 2]; R];
         let mut at = self.weights.as_ptr();
         let mut ahead = self.ahead.over(self.words);
         let added = _mm512_set1_epi8(-128);
-        for word in 0..self.words {
+        for _ in 0..self.words {
             ahead.fetch_next();
             // SAFETY: a word of a row has 32 words of the panel.
             let wide: [__m512i; 2] =
@@ -234,10 +234,9 @@ impl Bytes<'_> {
             if FIRST {
                 *offset = std::array::from_fn(|v| _mm512_dpbusd_epi32(offset[v], added, wide[v]));
             }
-            for r in 0..R {
-                // SAFETY: the word is inside row `r`.
-                unsafe { add_products!("vpdpbusd", x.add(r * self.words + word), wide, now[r]) };
-            }
+            // SAFETY: `rows` are at this word, which is inside each of them.
+            unsafe { add_rows!("vpdpbusd", R, rows, "0", wide, now) };
+            rows.advance(4);
             at = at.wrapping_add(PANEL);
         }
         for r in 0..R {
@@ -350,7 +349,7 @@ impl Pairs<'_> {
                         // SAFETY: the pair is inside row `r`.
                         unsafe {
                             let pair = pairs.add(4 * (r * self.words + word) + at);
-                            add_products!("vdpbf16ps", pair, numbers, now[r][at % 2]);
+                            add_products!("vdpbf16ps", [pair; "0"], numbers, now[r][at % 2]);
                         }
                     }
                 };

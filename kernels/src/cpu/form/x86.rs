@@ -1,12 +1,17 @@
 //! bf16 forms in vector instructions. Both read the same panels.
 
+mod add;
 mod few_fused;
 mod few_paired;
+mod fused_wide;
 
 use std::arch::x86_64::*;
 
 use super::{Ahead, Form, PANEL, check, gather, scatter, widened_inputs};
 use crate::scalar::Bf16;
+
+pub(in super::super) use add::{Rows, add_products, add_rows};
+pub(crate) use fused_wide::FusedWide;
 
 /// AVX2: weights widened in registers, products fused with additions.
 pub(crate) struct Fused;
@@ -264,31 +269,6 @@ fn upper_of(pairs: __m256i, high: __m256i) -> __m256 {
     _mm256_castsi256_ps(_mm256_and_si256(pairs, high))
 }
 
-/// Adds to two vectors the products of a word that `$at` points to, spread over all lanes, with two vectors. The
-/// compiler loads the words of all rows before it multiplies any of them, and the sums no longer fit the registers:
-/// here each is loaded where it is used.
-///
-/// Safety: `$at` may be read for 32 bits, at any alignment; the machine has the instruction.
-macro_rules! add_products {
-    ($instruction:literal, $at:expr, $weights:expr, $sums:expr) => {{
-        let ([first, second], [weights_first, weights_second]) = (&mut $sums, $weights);
-        std::arch::asm!(
-            "vpbroadcastd {x}, dword ptr [{at}]",
-            concat!($instruction, " {first}, {x}, {weights_first}"),
-            concat!($instruction, " {second}, {x}, {weights_second}"),
-            x = out(zmm_reg) _,
-            at = in(reg) $at,
-            first = inout(zmm_reg) *first,
-            second = inout(zmm_reg) *second,
-            weights_first = in(zmm_reg) weights_first,
-            weights_second = in(zmm_reg) weights_second,
-            options(pure, readonly, nostack, preserves_flags)
-        )
-    }};
-}
-
-pub(in super::super) use add_products;
-
 /// AVX-512 with bf16: an instruction multiplies and adds both inputs of a pair for 16 outputs.
 pub(crate) struct Paired;
 
@@ -413,7 +393,7 @@ unsafe fn paired<const R: usize>(
     fresh: bool,
     sums: &mut [[f32; PANEL]],
 ) {
-    let x = x.as_ptr();
+    let mut rows = Rows::new(x.as_ptr(), stride);
     let mut now = [[_mm512_setzero_ps(); 2]; R];
     if !fresh {
         now = std::array::from_fn(|r| {
@@ -423,15 +403,14 @@ unsafe fn paired<const R: usize>(
     }
     let mut weights = panel.as_ptr();
     let mut ahead = ahead.over(inputs / 2);
-    for pair in 0..inputs / 2 {
+    for _ in 0..inputs / 2 {
         ahead.fetch_next();
         // SAFETY: the panel has a row of 64 elements for each pair of inputs, and `weights` is at this one.
         let wide: [__m512i; 2] =
             std::array::from_fn(|v| unsafe { _mm512_loadu_si512(weights.add(32 * v).cast()) });
-        for r in 0..R {
-            // SAFETY: both inputs are inside row `r`.
-            unsafe { add_products!("vdpbf16ps", x.add(r * stride + 2 * pair), wide, now[r]) };
-        }
+        // SAFETY: `rows` are at this pair, which is inside each of them.
+        unsafe { add_rows!("vdpbf16ps", R, rows, "0", wide, now) };
+        rows.advance(4);
         weights = weights.wrapping_add(2 * PANEL);
     }
     if inputs % 2 == 1 {
@@ -443,9 +422,9 @@ unsafe fn paired<const R: usize>(
         });
         for r in 0..R {
             // SAFETY: the last input is inside row `r`.
-            let value = u32::from(unsafe { (*x.add(r * stride + inputs - 1)).0 });
+            let value = u32::from(unsafe { (*x.as_ptr().add(r * stride + inputs - 1)).0 });
             // SAFETY: `value` is a pair.
-            unsafe { add_products!("vdpbf16ps", &raw const value, wide, now[r]) };
+            unsafe { add_products!("vdpbf16ps", [&raw const value; "0"], wide, now[r]) };
         }
     }
     for r in 0..R {
