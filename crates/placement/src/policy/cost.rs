@@ -5,12 +5,17 @@
 //! otherwise. Prefill where decode is, or decode where prefill was, are routes like others. Losses are smooth
 //! functions of predicted time over target, so nothing hangs on a threshold.
 
+mod few;
+mod seconds;
+
 use std::collections::HashMap;
 
 use serde::{Deserialize, Serialize};
 use tandem_batching::pace;
 use tandem_types::{Role, StepTime, WorkerId};
 
+use self::few::{in_turn, smallest, smallest_above};
+use self::seconds::{room_seconds, row_seconds, token_seconds};
 use super::{Considered, Explanation, Policy, Stage};
 use crate::candidate::sane_seconds;
 use crate::{Candidate, Held, Request, Route};
@@ -106,12 +111,6 @@ const ROUNDING: f64 = 1e-9;
 /// A share of short answers that is worth thinking of.
 const SHARE_LEAST: f64 = 1e-3;
 
-/// Part of a KV pool that is filled by choice. Some of the rest is in pages that are not full; what is left of it lets
-/// sequences grow while none ends, for who is preempted is computed twice.
-const POOL_USABLE: f64 = 0.96;
-/// Part of what ended sequences give back that others do not take by growing, at least.
-const GIVEN_BACK_LEAST: f64 = 0.1;
-
 /// The least chance to miss a target; where somebody is sure to meet it, the rest is not looked at.
 fn least(missed: impl Iterator<Item = f64>) -> f64 {
     let mut least = 1.0;
@@ -134,27 +133,6 @@ fn fair_target(target: f64, alone: impl Iterator<Item = f64>) -> f64 {
         }
     }
     least
-}
-
-/// Seconds per token where so many sequences decode over `context` tokens in all. Those who find no row take turns.
-fn token_seconds(model: &StepTime, rows: f64, context: f64, rows_max: u32) -> f64 {
-    if rows_max == 0 || rows <= f64::from(rows_max) {
-        return model.step(rows, 0.0, context);
-    }
-    let turns = rows / f64::from(rows_max);
-    turns * model.step(rows / turns, 0.0, context / turns)
-}
-
-/// Seconds until a row is free for a prompt. Rows end evenly over the expected length of an answer, and everybody who is
-/// there or waits there will need one; where prompts are handed off, they give theirs back at once.
-fn row_seconds(model: &StepTime, c: &Candidate, request: &Request) -> f64 {
-    let there = c.in_flight.max(c.decodes.saturating_add(c.waiting));
-    if c.role == Role::Prefill || c.rows_max == 0 || there < c.rows_max {
-        return 0.0;
-    }
-    let rows = f64::from(c.rows_max);
-    let before = f64::from(there - c.rows_max) + 1.0;
-    before * request.expected() * model.step(rows, 0.0, c.decode_tokens as f64) / rows
 }
 
 /// Weighs whole routes.
@@ -371,6 +349,16 @@ impl Cost {
         DecodePart { at, terms, missed, token_seconds: after, step_seconds, cost: terms.sum() }
     }
 
+    /// What a decode part costs at least, its likely losses left out: no exponentials.
+    #[inline(always)]
+    fn decode_least(&self, c: &Candidate, request: &Request) -> f64 {
+        let model = c.sane_model().unwrap_or(UNKNOWN);
+        let own = f64::from(request.prompt_tokens) + request.expected() / 2.0;
+        let after =
+            token_seconds(&model, f64::from(c.decodes) + 1.0, c.decode_tokens as f64 + own, c.rows_max);
+        if c.role == Role::Prefill { after + self.tuning.decode_on_prefill_seconds } else { after }
+    }
+
     fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
         let mut terms = p.terms;
         let target = request.token_target();
@@ -438,9 +426,9 @@ impl Cost {
         (pairs, able.len())
     }
 
-    /// What either part costs on each of those who are `able`. A search for the cheapest looks at whom roles are against
-    /// only if they could be part of it: one route bounds the cheapest from above, and the role and a prompt's own work
-    /// bound a part from below. The costs of the others are infinite then.
+    /// What either part costs on each of those who are `able`. A search for the cheapest looks only at those who could be
+    /// part of it: one route bounds the cheapest from above; roles, a prompt's own work and the time of a step bound a
+    /// part from below. The costs of the others are infinite then, but those of the few best of each side are not.
     fn costs(
         &self,
         request: &Request,
@@ -449,39 +437,44 @@ impl Cost {
         search: Search,
         (prefill, decode): (impl Fn(usize) -> PrefillPart, impl Fn(usize) -> DecodePart),
     ) -> (Vec<f64>, Vec<f64>) {
-        let everything = search == Search::Everything;
+        // Links of their own make pairs of any two.
+        if search == Search::Everything || candidates.iter().any(|c| !c.near.is_empty()) {
+            let prefills = able.iter().map(|&at| prefill(at).cost).collect();
+            return (prefills, able.iter().map(|&at| decode(at).cost).collect());
+        }
         let (mut prefills, mut decodes) = (vec![f64::INFINITY; able.len()], vec![f64::INFINITY; able.len()]);
-        for (i, &at) in able.iter().enumerate() {
-            if everything || candidates[at].role != Role::Decode {
-                prefills[i] = prefill(at).cost;
-            }
-            if everything || candidates[at].role != Role::Prefill {
-                decodes[i] = decode(at).cost;
+        let decodes_least: Vec<f64> =
+            able.iter().map(|&at| self.decode_least(&candidates[at], request) * (1.0 - ROUNDING)).collect();
+        let few = self.tuning.few.max(1);
+        let best = smallest_above(few, &decodes_least, |i| {
+            decodes[i] = decode(able[i]).cost;
+            decodes[i]
+        });
+        for (cost, &at) in prefills.iter_mut().zip(able) {
+            if candidates[at].role != Role::Decode {
+                *cost = prefill(at).cost;
             }
         }
-        if everything {
-            return (prefills, decodes);
-        }
-        let Tuning { prefill_on_decode_seconds, decode_on_prefill_seconds, .. } = self.tuning;
-        let least = |costs: &[f64]| costs.iter().copied().fold(f64::INFINITY, f64::min);
-        let (least_prefill, least_decode) = (least(&prefills), least(&decodes));
-        let whose = |costs: &[f64], cost: f64| costs.iter().position(|other| *other == cost).map(|i| able[i]);
-        let one = whose(&prefills, least_prefill).zip(whose(&decodes, least_decode));
-        let one = one.map(|(p, d)| self.join(&prefill(p), &decode(d), request, candidates).sum());
-        let most = (one.unwrap_or(f64::INFINITY) + self.tuning.equal_seconds) * (1.0 + ROUNDING);
+        let cheapest_prefill = smallest(1, prefills.iter().copied()).first().copied();
+        let one = cheapest_prefill.filter(|&i| prefills[i].is_finite()).zip(best.first());
+        let one = one
+            .map(|(p, &d)| self.join(&prefill(able[p]), &decode(able[d]), request, candidates).sum())
+            .unwrap_or(f64::INFINITY);
+        let most = (one + self.tuning.equal_seconds) * (1.0 + ROUNDING);
+        let least_decode = best.first().map_or(0.0, |&d| decodes[d]);
         let held = request.held.iter().map(|held| held.tokens.max(held.device_tokens)).max().unwrap_or(0);
         let cached = held.min(request.prompt_tokens.saturating_sub(1));
-        let cheapest_decode = least_decode.min(decode_on_prefill_seconds);
-        let cheapest_prefill = least_prefill.min(prefill_on_decode_seconds);
         for (i, &at) in able.iter().enumerate() {
             let c = &candidates[at];
             if c.role == Role::Decode {
                 let model = c.sane_model().unwrap_or(UNKNOWN);
                 let own = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
-                if prefill_on_decode_seconds + own + cheapest_decode <= most {
+                if self.tuning.prefill_on_decode_seconds + own + least_decode <= most {
                     prefills[i] = prefill(at).cost;
                 }
-            } else if c.role == Role::Prefill && decode_on_prefill_seconds + cheapest_prefill <= most {
+            }
+            // For the route that stays where it is.
+            if decodes[i].is_infinite() && prefills[i] + decodes_least[i] <= most {
                 decodes[i] = decode(at).cost;
             }
         }
@@ -557,31 +550,6 @@ impl Cost {
     }
 }
 
-/// Seconds until a worker has room for the KV of so many more tokens.
-///
-/// Its rows end evenly over their expected length and give their share back, while the others grow by a token with
-/// every step. However much they grow, a tenth of what is given back counts: nobody waits for ever.
-fn room_seconds(c: &Candidate, model: &StepTime, tokens: f64, expected: f64) -> f64 {
-    let (rows, context, pool) = (f64::from(c.decodes), c.decode_tokens as f64, c.kv_tokens as f64);
-    let missing = context + tokens - POOL_USABLE * pool;
-    if pool == 0.0 || rows == 0.0 || missing <= 0.0 {
-        return 0.0;
-    }
-    let freed = context / expected;
-    let per_step = (freed - rows).max(GIVEN_BACK_LEAST * freed);
-    sane_seconds(missing / per_step.max(1e-6) * model.step(rows, 0.0, context))
-}
-
-/// One of those whose cost is the least by and large; `turn` says which.
-fn in_turn<T: Copy + Ord>(costs: Vec<(T, f64)>, equal_seconds: f64, turn: u64) -> Option<(T, f64)> {
-    let least = costs.iter().map(|(_, cost)| *cost).min_by(f64::total_cmp)?;
-    let near = |cost: f64| cost <= least + equal_seconds || cost.total_cmp(&least).is_eq();
-    let mut equal: Vec<(T, f64)> = costs.into_iter().filter(|(_, cost)| near(*cost)).collect();
-    equal.sort_by_key(|(which, _)| *which);
-    equal.dedup_by_key(|(which, _)| *which);
-    Some(equal[(turn % equal.len() as u64) as usize])
-}
-
 /// A prefix at a peer.
 #[derive(Clone, Copy, Debug)]
 struct Bring {
@@ -603,20 +571,6 @@ impl Bring {
         };
         link.seconds(f64::from(tokens))
     }
-}
-
-/// Indices of the few smallest costs, in order of cost, equals by index.
-fn smallest(few: usize, costs: impl Iterator<Item = f64>) -> Vec<usize> {
-    let mut best: Vec<(f64, usize)> = Vec::with_capacity(few + 1);
-    for (at, cost) in costs.enumerate() {
-        if best.len() == few && cost.total_cmp(&best[few - 1].0).is_ge() {
-            continue;
-        }
-        let place = best.partition_point(|(other, _)| other.total_cmp(&cost).is_le());
-        best.insert(place, (cost, at));
-        best.truncate(few);
-    }
-    best.into_iter().map(|(_, at)| at).collect()
 }
 
 impl Policy for Cost {
@@ -650,26 +604,26 @@ impl Policy for Cost {
             Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &part(at), request, candidates).sum(),
             None => part(at).cost,
         };
-        // The way there only adds to a cost: whoever costs more without it than another does with it is out.
-        let add = |parts: &mut Vec<(usize, f64)>, preferred: bool| {
-            for (at, c) in candidates.iter().enumerate() {
-                if c.role != Role::Encode && (c.role != Role::Prefill) == preferred {
-                    parts.push((at, part(at).cost));
-                }
-            }
+        // What a route costs at least without what is likely to be lost, which takes exponentials to know.
+        let least = |at: usize, c: &Candidate| {
+            let way = match from {
+                Some(p) if p != at => candidates[p].link_to(c).seconds(f64::from(request.prompt_tokens)),
+                _ => 0.0,
+            };
+            (self.decode_least(c, request) + way) * (1.0 - ROUNDING)
         };
-        let cheapest = |parts: &[(usize, f64)]| parts.iter().min_by(|a, b| a.1.total_cmp(&b.1)).copied();
-        let mut parts = Vec::with_capacity(candidates.len());
-        add(&mut parts, true);
-        // Whom roles are against, only if they could be better than the best of the others.
-        let bound = cheapest(&parts).map_or(f64::INFINITY, |(at, _)| whole(at) + equal);
-        if self.tuning.decode_on_prefill_seconds <= bound {
-            add(&mut parts, false);
+        let able = candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode);
+        let bounds: Vec<(usize, f64)> = able.map(|(at, c)| (at, least(at, c))).collect();
+        let first = bounds.iter().min_by(|a, b| a.1.total_cmp(&b.1))?.0;
+        let mut cheapest = whole(first);
+        let mut costs = vec![(first, cheapest)];
+        for (at, least) in bounds {
+            if at != first && least <= cheapest + equal {
+                let cost = whole(at);
+                cheapest = cheapest.min(cost);
+                costs.push((at, cost));
+            }
         }
-        let first = cheapest(&parts)?.0;
-        let most = whole(first) + equal;
-        let near = parts.iter().filter(|(at, cost)| *at == first || *cost <= most);
-        let costs: Vec<(usize, f64)> = near.map(|(at, _)| (*at, whole(*at))).collect();
         in_turn(costs, equal, request.ordinal).map(|(at, _)| at)
     }
 
