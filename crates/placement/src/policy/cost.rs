@@ -324,7 +324,7 @@ impl Cost {
         // Where this one is sure to meet the target, those there now are too.
         if rows > 0.0 && missed > 0.0 {
             let before = token_seconds(&model, rows, context, c.rows_max);
-            terms.harm = lost * rows * (missed - self.miss(before, target));
+            terms.harm = lost * rows * (missed - self.miss(before, target)).max(0.0);
         }
         if matches!(c.role, Role::Prefill) {
             // Its first decode takes away more than one row: steps must stay short from then on.
@@ -349,7 +349,8 @@ impl Cost {
         DecodePart { at, terms, missed, token_seconds: after, step_seconds, cost: terms.sum() }
     }
 
-    /// What a decode part costs at least, its likely losses left out: no exponentials.
+    /// What a decode part costs at least, its likely losses left out: no exponentials. Sums of what is not negative are
+    /// not less than their parts, rounded or not.
     #[inline(always)]
     fn decode_least(&self, c: &Candidate, request: &Request) -> f64 {
         let model = c.sane_model().unwrap_or(UNKNOWN);
@@ -444,7 +445,7 @@ impl Cost {
         }
         let (mut prefills, mut decodes) = (vec![f64::INFINITY; able.len()], vec![f64::INFINITY; able.len()]);
         let decodes_least: Vec<f64> =
-            able.iter().map(|&at| self.decode_least(&candidates[at], request) * (1.0 - ROUNDING)).collect();
+            able.iter().map(|&at| self.decode_least(&candidates[at], request)).collect();
         let few = self.tuning.few.max(1);
         let best = smallest_above(few, &decodes_least, |i| {
             decodes[i] = decode(able[i]).cost;
@@ -610,7 +611,7 @@ impl Policy for Cost {
                 Some(p) if p != at => candidates[p].link_to(c).seconds(f64::from(request.prompt_tokens)),
                 _ => 0.0,
             };
-            (self.decode_least(c, request) + way) * (1.0 - ROUNDING)
+            self.decode_least(c, request) + way
         };
         let able = candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode);
         let bounds: Vec<(usize, f64)> = able.map(|(at, c)| (at, least(at, c))).collect();

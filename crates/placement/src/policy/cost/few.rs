@@ -18,9 +18,6 @@ pub(super) fn smallest(few: usize, costs: impl Iterator<Item = f64>) -> Vec<usiz
 pub(super) fn smallest_above(few: usize, least: &[f64], mut cost: impl FnMut(usize) -> f64) -> Vec<usize> {
     let mut best: Vec<(f64, usize)> = Vec::with_capacity(few + 1);
     let mut look = |at: usize, best: &mut Vec<(f64, usize)>| {
-        if best.len() == few && least[at] > best[few - 1].0 {
-            return;
-        }
         let new = (cost(at), at);
         let place = best.partition_point(|other| (other.0.total_cmp(&new.0)).then(other.1.cmp(&at)).is_lt());
         best.insert(place, new);
@@ -31,8 +28,12 @@ pub(super) fn smallest_above(few: usize, least: &[f64], mut cost: impl FnMut(usi
     for &at in &first {
         look(at, &mut best);
     }
-    for at in (0..least.len()).filter(|at| !first.contains(at)) {
-        look(at, &mut best);
+    for (at, least) in least.iter().enumerate() {
+        let comes_later = |last: &(f64, usize)| *least > last.0 || (*least == last.0 && at > last.1);
+        let out = best.len() == few && best.last().is_some_and(comes_later);
+        if !out && !first.contains(&at) {
+            look(at, &mut best);
+        }
     }
     best.into_iter().map(|(_, at)| at).collect()
 }
