@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use tandem_batching::pace;
 use tandem_types::{Role, StepTime, WorkerId};
 
-use self::few::{in_turn, smallest, smallest_above};
+use self::few::{in_turn, smallest};
 use self::seconds::{room_seconds, row_seconds, token_seconds};
 use super::{Considered, Explanation, Policy, Stage};
 use crate::candidate::sane_seconds;
@@ -324,7 +324,7 @@ impl Cost {
         // Where this one is sure to meet the target, those there now are too.
         if rows > 0.0 && missed > 0.0 {
             let before = token_seconds(&model, rows, context, c.rows_max);
-            terms.harm = lost * rows * (missed - self.miss(before, target)).max(0.0);
+            terms.harm = lost * rows * (missed - self.miss(before, target));
         }
         if matches!(c.role, Role::Prefill) {
             // Its first decode takes away more than one row: steps must stay short from then on.
@@ -347,17 +347,6 @@ impl Cost {
             after
         };
         DecodePart { at, terms, missed, token_seconds: after, step_seconds, cost: terms.sum() }
-    }
-
-    /// What a decode part costs at least, its likely losses left out: no exponentials. Sums of what is not negative are
-    /// not less than their parts, rounded or not.
-    #[inline(always)]
-    fn decode_least(&self, c: &Candidate, request: &Request) -> f64 {
-        let model = c.sane_model().unwrap_or(UNKNOWN);
-        let own = f64::from(request.prompt_tokens) + request.expected() / 2.0;
-        let after =
-            token_seconds(&model, f64::from(c.decodes) + 1.0, c.decode_tokens as f64 + own, c.rows_max);
-        if c.role == Role::Prefill { after + self.tuning.decode_on_prefill_seconds } else { after }
     }
 
     fn join(&self, p: &PrefillPart, d: &DecodePart, request: &Request, candidates: &[Candidate]) -> Terms {
@@ -427,9 +416,9 @@ impl Cost {
         (pairs, able.len())
     }
 
-    /// What either part costs on each of those who are `able`. A search for the cheapest looks only at those who could be
-    /// part of it: one route bounds the cheapest from above; roles, a prompt's own work and the time of a step bound a
-    /// part from below. The costs of the others are infinite then, but those of the few best of each side are not.
+    /// What either part costs on each of those who are `able`. A search for the cheapest looks at whom roles are against
+    /// only if they could be part of it: one route bounds the cheapest from above, and the role and a prompt's own work
+    /// bound a part from below. The costs of the others are infinite then.
     fn costs(
         &self,
         request: &Request,
@@ -438,44 +427,39 @@ impl Cost {
         search: Search,
         (prefill, decode): (impl Fn(usize) -> PrefillPart, impl Fn(usize) -> DecodePart),
     ) -> (Vec<f64>, Vec<f64>) {
-        // Links of their own make pairs of any two.
-        if search == Search::Everything || candidates.iter().any(|c| !c.near.is_empty()) {
-            let prefills = able.iter().map(|&at| prefill(at).cost).collect();
-            return (prefills, able.iter().map(|&at| decode(at).cost).collect());
-        }
+        let everything = search == Search::Everything;
         let (mut prefills, mut decodes) = (vec![f64::INFINITY; able.len()], vec![f64::INFINITY; able.len()]);
-        let decodes_least: Vec<f64> =
-            able.iter().map(|&at| self.decode_least(&candidates[at], request)).collect();
-        let few = self.tuning.few.max(1);
-        let best = smallest_above(few, &decodes_least, |i| {
-            decodes[i] = decode(able[i]).cost;
-            decodes[i]
-        });
-        for (cost, &at) in prefills.iter_mut().zip(able) {
-            if candidates[at].role != Role::Decode {
-                *cost = prefill(at).cost;
+        for (i, &at) in able.iter().enumerate() {
+            if everything || candidates[at].role != Role::Decode {
+                prefills[i] = prefill(at).cost;
+            }
+            if everything || candidates[at].role != Role::Prefill {
+                decodes[i] = decode(at).cost;
             }
         }
-        let cheapest_prefill = smallest(1, prefills.iter().copied()).first().copied();
-        let one = cheapest_prefill.filter(|&i| prefills[i].is_finite()).zip(best.first());
-        let one = one
-            .map(|(p, &d)| self.join(&prefill(able[p]), &decode(able[d]), request, candidates).sum())
-            .unwrap_or(f64::INFINITY);
-        let most = (one + self.tuning.equal_seconds) * (1.0 + ROUNDING);
-        let least_decode = best.first().map_or(0.0, |&d| decodes[d]);
+        if everything {
+            return (prefills, decodes);
+        }
+        let Tuning { prefill_on_decode_seconds, decode_on_prefill_seconds, .. } = self.tuning;
+        let least = |costs: &[f64]| costs.iter().copied().fold(f64::INFINITY, f64::min);
+        let (least_prefill, least_decode) = (least(&prefills), least(&decodes));
+        let whose = |costs: &[f64], cost: f64| costs.iter().position(|other| *other == cost).map(|i| able[i]);
+        let one = whose(&prefills, least_prefill).zip(whose(&decodes, least_decode));
+        let one = one.map(|(p, d)| self.join(&prefill(p), &decode(d), request, candidates).sum());
+        let most = (one.unwrap_or(f64::INFINITY) + self.tuning.equal_seconds) * (1.0 + ROUNDING);
         let held = request.held.iter().map(|held| held.tokens.max(held.device_tokens)).max().unwrap_or(0);
         let cached = held.min(request.prompt_tokens.saturating_sub(1));
+        let cheapest_decode = least_decode.min(decode_on_prefill_seconds);
+        let cheapest_prefill = least_prefill.min(prefill_on_decode_seconds);
         for (i, &at) in able.iter().enumerate() {
             let c = &candidates[at];
             if c.role == Role::Decode {
                 let model = c.sane_model().unwrap_or(UNKNOWN);
                 let own = model.prefill(request.prompt_tokens - cached, cached, c.prompt_budget);
-                if self.tuning.prefill_on_decode_seconds + own + least_decode <= most {
+                if prefill_on_decode_seconds + own + cheapest_decode <= most {
                     prefills[i] = prefill(at).cost;
                 }
-            }
-            // For the route that stays where it is.
-            if decodes[i].is_infinite() && prefills[i] + decodes_least[i] <= most {
+            } else if c.role == Role::Prefill && decode_on_prefill_seconds + cheapest_prefill <= most {
                 decodes[i] = decode(at).cost;
             }
         }
@@ -605,26 +589,26 @@ impl Policy for Cost {
             Some(p) => self.join(&PrefillPart { at: p, ..nowhere }, &part(at), request, candidates).sum(),
             None => part(at).cost,
         };
-        // What a route costs at least without what is likely to be lost, which takes exponentials to know.
-        let least = |at: usize, c: &Candidate| {
-            let way = match from {
-                Some(p) if p != at => candidates[p].link_to(c).seconds(f64::from(request.prompt_tokens)),
-                _ => 0.0,
-            };
-            self.decode_least(c, request) + way
-        };
-        let able = candidates.iter().enumerate().filter(|(_, c)| c.role != Role::Encode);
-        let bounds: Vec<(usize, f64)> = able.map(|(at, c)| (at, least(at, c))).collect();
-        let first = bounds.iter().min_by(|a, b| a.1.total_cmp(&b.1))?.0;
-        let mut cheapest = whole(first);
-        let mut costs = vec![(first, cheapest)];
-        for (at, least) in bounds {
-            if at != first && least <= cheapest + equal {
-                let cost = whole(at);
-                cheapest = cheapest.min(cost);
-                costs.push((at, cost));
+        // The way there only adds to a cost: whoever costs more without it than another does with it is out.
+        let add = |parts: &mut Vec<(usize, f64)>, preferred: bool| {
+            for (at, c) in candidates.iter().enumerate() {
+                if c.role != Role::Encode && (c.role != Role::Prefill) == preferred {
+                    parts.push((at, part(at).cost));
+                }
             }
+        };
+        let cheapest = |parts: &[(usize, f64)]| parts.iter().min_by(|a, b| a.1.total_cmp(&b.1)).copied();
+        let mut parts = Vec::with_capacity(candidates.len());
+        add(&mut parts, true);
+        // Whom roles are against, only if they could be better than the best of the others.
+        let bound = cheapest(&parts).map_or(f64::INFINITY, |(at, _)| whole(at) + equal);
+        if self.tuning.decode_on_prefill_seconds <= bound {
+            add(&mut parts, false);
         }
+        let first = cheapest(&parts)?.0;
+        let most = whole(first) + equal;
+        let near = parts.iter().filter(|(at, cost)| *at == first || *cost <= most);
+        let costs: Vec<(usize, f64)> = near.map(|(at, _)| (*at, whole(*at))).collect();
         in_turn(costs, equal, request.ordinal).map(|(at, _)| at)
     }
 
