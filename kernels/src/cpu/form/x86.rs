@@ -1,4 +1,4 @@
-//! bf16 forms in vector instructions. Both read the same panels.
+//! bf16 forms in vector instructions. All read the same panels.
 
 mod add;
 mod few_fused;
